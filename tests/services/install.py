@@ -1,0 +1,148 @@
+"""Fetches the servers that the tests run against into a cache folder.
+
+    python tests/services/install.py [--only kafka|s3]
+
+    .services/kafka/libs/*.jar   Apache Kafka, through Maven (Java 17 or newer runs it)
+    .services/bin/versitygw      an S3 server, built by Go
+
+The folder is `.services` in the project root, or what LORAMUX_SERVICES names. What is there already, in the
+version pinned here, is left alone. Each service stands for itself: without Go there is still Kafka. When one
+could not be had, one line says why and the exit code is 1. Standard library only, so that it runs anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+POM = Path(__file__).resolve().with_name("pom.xml")
+VERSITYGW_VERSION = "v1.8.0"
+OLDEST_JAVA = 17
+
+HOW_TO_INSTALL = "run `make services` (Kafka needs Java 17+ and Maven, the S3 server needs Go)"
+
+
+class ServiceMissing(Exception):
+    """A service is not in the cache folder or cannot be brought there; the message is one line."""
+
+
+def services_folder() -> Path:
+    """The cache folder: LORAMUX_SERVICES, or `.services` in the project root."""
+    return Path(os.environ.get("LORAMUX_SERVICES") or PROJECT / ".services").resolve()
+
+
+def kafka_libs() -> Path:
+    """The folder with Kafka's jars. Raises ServiceMissing."""
+    folder = services_folder() / "kafka"
+    stamp = folder / "pom.xml"
+    if not stamp.is_file() or stamp.read_bytes() != POM.read_bytes():
+        raise ServiceMissing(f"Apache Kafka is not in {folder}: {HOW_TO_INSTALL}")
+    check_java()
+    return folder / "libs"
+
+
+def versitygw() -> Path:
+    """The S3 server's executable. Raises ServiceMissing."""
+    binary = services_folder() / "bin" / "versitygw"
+    stamp = binary.with_name("versitygw.version")
+    if not binary.is_file() or not stamp.is_file() or stamp.read_text().strip() != VERSITYGW_VERSION:
+        raise ServiceMissing(f"versitygw {VERSITYGW_VERSION} is not in {binary.parent}: {HOW_TO_INSTALL}")
+    return binary
+
+
+def check_java() -> None:
+    """Raises ServiceMissing unless a Java that can run Kafka is on PATH."""
+    advice = f"install a JDK, {OLDEST_JAVA} or newer (Debian: apt-get install openjdk-17-jdk-headless)"
+    if shutil.which("java") is None:
+        raise ServiceMissing(f"no `java` on PATH: {advice}")
+    # Prints `openjdk version "17.0.15" …` to stderr; macOS has a stub that only says there is none.
+    said = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r'version "(\d+)', said)
+    if found is None or int(found.group(1)) < OLDEST_JAVA:
+        raise ServiceMissing(f"`java` is {found.group(1) if found else 'not usable'}: {advice}")
+
+
+def install_kafka() -> None:
+    """Brings Kafka's jars into the cache folder. Raises ServiceMissing."""
+    if shutil.which("mvn") is None:
+        raise ServiceMissing("no `mvn` on PATH: install Maven (Debian: apt-get install maven)")
+    check_java()
+    folder = services_folder() / "kafka"
+    libs, stamp = folder / "libs", folder / "pom.xml"
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(libs, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run(
+        ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", "-DincludeScope=runtime",
+         f"-DoutputDirectory={libs}"],
+    )  # fmt: skip
+    shutil.copyfile(POM, stamp)  # last: the stamp says that the jars are complete
+
+
+def install_versitygw() -> None:
+    """Builds the S3 server into the cache folder. Raises ServiceMissing."""
+    if shutil.which("go") is None:
+        raise ServiceMissing("no `go` on PATH: install Go 1.25 or newer (1.21 to 1.24 fetch it themselves)")
+    folder = services_folder() / "bin"
+    stamp = folder / "versitygw.version"
+    stamp.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run(
+        ["go", "install", f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW_VERSION}"],
+        environment={"GOBIN": str(folder)},
+    )
+    stamp.write_text(f"{VERSITYGW_VERSION}\n")
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Runs an installer, its output straight to the terminal. Raises ServiceMissing when it fails."""
+    finished = subprocess.run(command, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, check=False)
+    if finished.returncode != 0:
+        raise ServiceMissing(f"`{' '.join(command)}` failed with exit code {finished.returncode} (see above)")
+
+
+def ensure(name: str, hint: str, locate: Callable[[], Path], install: Callable[[], None]) -> bool:
+    """Installs one service unless it is there; says what it does. Returns whether the service can be used."""
+    try:
+        place = locate()
+    except ServiceMissing:
+        print(f"services: getting {name} ({hint}) …", flush=True)
+        started = time.monotonic()
+        try:
+            install()
+            place = locate()
+        except ServiceMissing as missing:
+            print(f"services: {name} is missing: {missing}", file=sys.stderr, flush=True)
+            return False
+        print(f"services: {name} is in {place} ({time.monotonic() - started:.0f} s)", flush=True)
+    else:
+        print(f"services: {name} is there", flush=True)
+    return True
+
+
+def main() -> int:
+    """Brings the services that the command line asks for; the exit code."""
+    parser = argparse.ArgumentParser(description="fetch the servers that the tests run against")
+    parser.add_argument("--only", choices=["kafka", "s3"], help="this one instead of both")
+    only = parser.parse_args().only
+    usable = []
+    if only != "s3":
+        usable.append(ensure("Apache Kafka", "43 MB of jars, some seconds", kafka_libs, install_kafka))
+    if only != "kafka":
+        name = f"versitygw {VERSITYGW_VERSION}"
+        usable.append(ensure(name, "built once, some minutes", versitygw, install_versitygw))
+    if only is None and shutil.which("kcat") is None:
+        print("services: no `kcat` on PATH, its tests need it (Debian: apt-get install kcat)", file=sys.stderr)
+    return 0 if all(usable) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
