@@ -1,0 +1,233 @@
+"""The input of a batch and the asking, without Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from loramux_producer import ClientError, ReplyFailed, ReplyTimeout, RequestTooLarge
+from loramux_producer import batch as batch_module
+from loramux_producer.batch import Batch, BatchInput, parse_line
+from loramux_producer.errors import InputError, Unanswered
+from loramux_producer.journal import Journal
+from loramux_schemas import ErrorCode, Reply, Request
+
+DIGEST = "0" * 32
+
+
+def ok(request_id: str) -> Reply:
+    return Reply(request_id=request_id, generated_text=f"answer to {request_id}", token_ids=(1, 2))
+
+
+def failed(request_id: str, code: ErrorCode = ErrorCode.INTERNAL) -> Reply:
+    return Reply.failure(code, "as asked", request_id=request_id)
+
+
+def write_input(folder: Path, requests: Iterable[dict[str, Any]]) -> Path:
+    path = folder / "in.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(request) + b"\n" for request in requests))
+    return path
+
+
+class FakeClient:
+    """Answers as the request's metadata says; a stand-in for Kafka and a worker, not for what is tested here."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.now = self.most = 0
+        self.full = asyncio.Event()
+        self.late: list[asyncio.Future[Reply]] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+
+    async def submit_request(self, request: Request, *, timeout: float) -> asyncio.Future[Reply]:
+        self.asked[request.request_id] += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        if self.now == 8:
+            self.full.set()
+        await self.hold.wait()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.now -= 1
+        match (request.metadata or {}).get("answer", "ok"):
+            case "ok":
+                future.set_result(ok(request.request_id))
+            case "late":
+                self.late.append(future)
+            case "large":
+                raise RequestTooLarge("a request of 9 bytes is too large")
+            case "broken":
+                raise ClientError("reading ended")
+            case "second time":
+                reply = failed(request.request_id)
+                if self.asked[request.request_id] < 2:
+                    future.set_exception(ReplyFailed(reply))
+                else:
+                    future.set_result(ok(request.request_id))
+            case code:
+                future.set_exception(ReplyFailed(failed(request.request_id, ErrorCode(code))))
+        # A timeout is longer than it takes to answer others.
+        if self.asked.total() >= 10:
+            for late in self.late:
+                late.set_exception(ReplyTimeout("no reply"))
+            self.late.clear()
+        return future
+
+
+async def run(source: Path, journal: Journal, client: FakeClient, **settings: Any) -> None:
+    await Batch(client, journal, **settings).run(BatchInput.check(source))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+# The input
+
+
+def test_lines_take_everything_that_a_request_takes() -> None:
+    request = parse_line(b'{"request_id":"r1","inputs":"x","parameters":{"max_tokens":3}}')
+    assert (request.request_id, request.prompt, request.parameters.max_new_tokens) == ("r1", "x", 3)
+    assert parse_line(b'{"prompt":"x","request_id":null}').request_id
+
+
+def test_every_wrong_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [b'{"prompt":"x"}', b"", b"{", b"[1]", b'{"prompt":"x","temperature":1}', b'{"request_id":7,"prompt":"x"}']
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(InputError) as caught:
+        BatchInput.check(path)
+    reports = str(caught.value).splitlines()
+    assert [report.split(": ")[0] for report in reports] == [f"{path}, line {n}" for n in (3, 4, 5, 6)]
+    assert "temperature: unknown field" in reports[2]
+
+
+def test_many_wrong_lines_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"{\n" * 25)
+    with pytest.raises(InputError) as caught:
+        BatchInput.check(path)
+    assert len(str(caught.value).splitlines()) == 11
+    assert str(caught.value).endswith("… and 15 more")
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    path = write_input(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    first = BatchInput.check(path)
+    assert first.num_requests == 2
+    assert BatchInput.check(path) == first
+    path.write_bytes(path.read_bytes() + b'{"prompt":"c"}')
+    assert BatchInput.check(path).digest != first.digest
+
+
+# The asking
+
+
+async def test_everything_is_asked_once_with_bounded_concurrency(tmp_path: Path) -> None:
+    source = write_input(tmp_path, ({"request_id": f"r{i}", "prompt": "x"} for i in range(100)))
+    client = FakeClient()
+    client.hold.clear()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        running = asyncio.create_task(run(source, journal, client, concurrency=8))
+        await client.full.wait()
+        client.hold.set()
+        await running
+        assert [reply["request_id"] for reply in journal.replies()] == [f"r{i}" for i in range(100)]
+    assert client.most == 8
+    assert set(client.asked.values()) == {1}
+
+
+async def test_only_what_is_unanswered_is_asked(tmp_path: Path) -> None:
+    source = write_input(tmp_path, ({"request_id": f"r{i}", "prompt": "x"} for i in range(10)))
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        for line in (1, 4, 10):
+            journal.append(line, ok("from before"))
+        await run(source, journal, client)
+        assert len(journal) == 10
+    assert set(client.asked) == {"r1", "r2", "r4", "r5", "r6", "r7", "r8"}
+
+
+async def test_retryable_errors_are_asked_again_and_others_are_not(tmp_path: Path) -> None:
+    answers = ["second time", "internal", "adapter_not_found", "adapter_unavailable", "ok", "large"]
+    source = write_input(
+        tmp_path, ({"request_id": answer, "prompt": "x", "metadata": {"answer": answer}} for answer in answers)
+    )
+    client = FakeClient()
+    seen: list[Reply] = []
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        await run(source, journal, client, retries=2, on_answer=seen.append)
+        codes = [reply["error"] and reply["error"]["code"] for reply in journal.replies()]
+        assert journal.num_errors == 4
+    assert codes == [None, "internal", "adapter_not_found", "adapter_unavailable", None, "invalid_request"]
+    assert [client.asked[answer] for answer in answers] == [2, 3, 1, 3, 1, 1]
+    assert sorted(reply.request_id or "" for reply in seen) == sorted(answers)
+
+
+async def test_no_retries_asks_once(tmp_path: Path) -> None:
+    source = write_input(tmp_path, [{"request_id": "r", "prompt": "x", "metadata": {"answer": "internal"}}])
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        await run(source, journal, client, retries=0)
+        assert journal.num_errors == 1
+    assert client.asked["r"] == 1
+
+
+async def test_one_late_reply_does_not_hold_up_the_rest(tmp_path: Path) -> None:
+    requests = [{"request_id": f"r{i}", "prompt": "x", "metadata": {"answer": "ok"}} for i in range(20)]
+    requests[3]["metadata"] = {"answer": "late"}
+    source = write_input(tmp_path, requests)
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        with pytest.raises(Unanswered, match=r"without a reply within 5 s: 1$"):
+            await run(source, journal, client, concurrency=2, timeout=5)
+        assert len(journal) == 19
+        assert 4 not in journal
+
+
+async def test_it_stops_when_nobody_answers(tmp_path: Path) -> None:
+    source = write_input(tmp_path, ({"prompt": "x", "metadata": {"answer": "late"}} for _ in range(1000)))
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal, pytest.raises(Unanswered):
+        await run(source, journal, client, concurrency=10)
+    assert client.asked.total() <= 20
+
+
+async def test_a_failing_client_ends_the_batch(tmp_path: Path) -> None:
+    source = write_input(
+        tmp_path, ({"prompt": "x", "metadata": {"answer": "broken" if i == 5 else "ok"}} for i in range(1000))
+    )
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        with pytest.raises(ClientError, match="reading ended"):
+            await run(source, journal, client, concurrency=10)
+        assert 0 < len(journal) < 1000
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_reply_that_came_before_the_interruption_is_kept(tmp_path: Path) -> None:
+    """Ctrl-C between a reply's arrival and its task's turn must not make the next run ask again."""
+    source = write_input(tmp_path, [{"request_id": "r", "prompt": "x"}])
+    arrived: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    class OneReply:
+        async def submit_request(self, request: Request, *, timeout: float) -> asyncio.Future[Reply]:
+            asking.set()
+            return arrived
+
+    asking = asyncio.Event()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        running = asyncio.create_task(run(source, journal, OneReply()))  # type: ignore[arg-type]
+        await asking.wait()
+        arrived.set_result(ok("r"))
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert 1 in journal
