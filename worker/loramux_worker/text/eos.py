@@ -1,0 +1,54 @@
+"""Which tokens end a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from loramux_worker.errors import ConfigurationError
+
+
+def eos_token_ids(model: str, tokenizer_eos_token_id: int | None) -> tuple[int, ...]:
+    """End-of-sequence tokens of a model: as `generate` takes them, from the first place that names any.
+
+    `generation_config.json`, then `config.json`, then the tokenizer. Raises `ConfigurationError` for a file that
+    cannot be read.
+    """
+    generation = _read(model, "generation_config.json")
+    config = _read(model, "config.json")
+    text_config = config.get("text_config")
+    places = (generation, config, text_config if isinstance(text_config, dict) else {})
+    for name, place in zip(("generation_config.json", "config.json", "config.json"), places, strict=True):
+        value = place.get("eos_token_id")
+        if value is not None:
+            return _as_tuple(model, name, value)
+    return () if tokenizer_eos_token_id is None else (tokenizer_eos_token_id,)
+
+
+def _read(model: str, name: str) -> dict[str, Any]:
+    path = cached_file(
+        model,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--model: cannot read {name} of {model}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--model: {name} of {model} is not a JSON object")
+    return content
+
+
+def _as_tuple(model: str, name: str, value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigurationError(f"--model: eos_token_id in {name} of {model} is not a token id: {value!r}")
+    return tuple(dict.fromkeys(ids))
