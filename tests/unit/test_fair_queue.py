@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from loramux_worker.engine.sequence import Sequence
+from loramux_worker.scheduler import AdapterKey, FairQueue
+from unit.scheduler_support import make_sequence
+
+
+def push(queue: FairQueue, sequence_id: int, adapter_id: str | None, **values: object) -> Sequence:
+    sequence = make_sequence(sequence_id, adapter_id, **values)  # type: ignore[arg-type]
+    queue.push(sequence)
+    return sequence
+
+
+def admit(queue: FairQueue, service: float = 0.0) -> int:
+    """Admit the next sequence, charge its adapter, and say which it was."""
+    lane = queue.peek()
+    assert lane is not None
+    sequence = lane.head
+    queue.admit(lane)
+    queue.charge(lane.client.adapter_id, service)
+    return sequence.sequence_id
+
+
+def test_the_least_served_adapter_goes_first() -> None:
+    queue = FairQueue()
+    for sequence_id, adapter_id in enumerate(["a", "a", "a", "b", "b", None]):
+        push(queue, sequence_id, adapter_id)
+    services = [10.0, 3.0, 3.0, 4.0, 3.0, 1.0]
+    assert [admit(queue, service) for service in services] == [0, 3, 5, 4, 1, 2]
+    assert queue.peek() is None
+    assert len(queue) == 0
+
+
+def test_service_is_divided_by_the_weight() -> None:
+    queue = FairQueue()
+    queue.set_weight("heavy", 4.0)
+    for sequence_id in range(10):
+        push(queue, sequence_id, "heavy" if sequence_id < 8 else "light")
+    order = [admit(queue, 12.0) for _ in range(10)]
+    assert order == [0, 8, 1, 2, 3, 4, 9, 5, 6, 7]
+    assert queue.counter("heavy") == 24.0
+    assert queue.counter("light") == 24.0
+
+
+def test_a_weight_set_later_holds_from_then_on() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a")
+    queue.charge("a", 10.0)
+    queue.set_weight("a", 2.0)
+    queue.charge("a", 10.0)
+    assert queue.counter("a") == 15.0
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_weight_must_be_above_zero(weight: float) -> None:
+    with pytest.raises(ValueError, match="the weight of a is"):
+        FairQueue().set_weight("a", weight)
+
+
+def test_the_base_model_is_a_client_of_its_own() -> None:
+    queue = FairQueue()
+    push(queue, 0, None)
+    push(queue, 1, "a")
+    push(queue, 2, None)
+    assert [admit(queue, 5.0), admit(queue, 7.0), admit(queue, 1.0)] == [0, 1, 2]
+    assert queue.counter(None) == 6.0
+
+
+def test_revisions_of_an_adapter_share_one_counter() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a", revision="r1")
+    push(queue, 1, "b")
+    push(queue, 2, "a", revision="r2")
+    assert [admit(queue, 5.0), admit(queue, 9.0), admit(queue, 1.0)] == [0, 1, 2]
+    assert queue.counter("a") == 6.0
+
+
+def test_within_an_adapter_priority_then_arrival() -> None:
+    queue = FairQueue()
+    for sequence_id, priority in enumerate([0, 5, 0, -1, 5]):
+        push(queue, sequence_id, "a", priority=priority, revision=f"r{sequence_id % 2}")
+    assert [admit(queue, 1.0) for _ in range(5)] == [1, 4, 0, 2, 3]
+
+
+def test_priority_does_not_reach_over_to_other_adapters() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a")
+    push(queue, 1, "b", priority=100)
+    assert admit(queue) == 0
+
+
+def test_a_preempted_sequence_goes_before_those_of_its_priority() -> None:
+    queue = FairQueue()
+    first = push(queue, 0, "a")
+    for sequence_id in range(1, 4):
+        push(queue, sequence_id, "a", priority=1 if sequence_id == 3 else 0)
+    assert admit(queue) == 3
+    assert admit(queue) == 0
+    assert admit(queue) == 1
+    first.num_preemptions = 1
+    queue.requeue(first)
+    push(queue, 4, "a", priority=1)
+    assert [admit(queue) for _ in range(3)] == [4, 0, 2]
+    queue.check_integrity()
+
+
+def test_a_newcomer_is_lifted_to_the_least_of_the_active() -> None:
+    queue = FairQueue()
+    for sequence_id in range(6):
+        push(queue, sequence_id, "ab"[sequence_id % 2])
+    admit(queue, 100.0)
+    admit(queue, 70.0)
+    push(queue, 6, "new")
+    assert queue.counter("new") == 70.0
+    assert queue.counter("a") == 100.0
+
+
+def test_with_nobody_active_a_newcomer_is_lifted_to_the_last_that_left() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a")
+    admit(queue, 100.0)
+    queue.charge("a", 20.0)  # it is decoding, not waiting
+    push(queue, 1, "new")
+    assert queue.counter("new") == 120.0
+
+
+def test_coming_back_does_not_lower_a_counter() -> None:
+    queue = FairQueue()
+    sequence = push(queue, 0, "a")
+    push(queue, 1, "b")
+    push(queue, 2, "b")
+    admit(queue, 100.0)
+    queue.remove(sequence)
+    push(queue, 3, "a")
+    assert queue.counter("a") == 100.0
+    assert admit(queue, 1.0) == 1
+
+
+def test_parked_sequences_wait_without_being_active() -> None:
+    queue = FairQueue()
+    queue.park(("slow", "r1"))
+    slow = push(queue, 0, "slow")
+    push(queue, 1, "a")
+    push(queue, 2, "a")
+    assert len(queue) == 3
+    assert queue.is_parked(("slow", "r1"))
+    assert admit(queue, 50.0) == 1
+    assert queue.unpark(("slow", "r1")) == [slow]
+    assert queue.counter("slow") == 50.0, "it must not have saved up while it was loading"
+    queue.check_integrity()
+
+
+def test_a_parked_revision_does_not_hold_up_another() -> None:
+    queue = FairQueue()
+    queue.park(("a", "r2"))
+    push(queue, 0, "a", revision="r2", priority=9)
+    push(queue, 1, "a", revision="r1")
+    assert admit(queue) == 1
+    assert queue.peek() is None
+    assert queue.waiting(("a", "r2")) != []
+
+
+def test_unparking_what_does_not_wait_does_nothing() -> None:
+    queue = FairQueue()
+    assert queue.unpark(("a", "r1")) == []
+    assert queue.waiting(("a", "r1")) == []
+    assert not queue.is_parked(("a", "r1"))
+
+
+def test_set_aside_hides_a_client_until_restore() -> None:
+    queue = FairQueue()
+    for sequence_id in range(3):
+        push(queue, sequence_id, "abc"[sequence_id])
+    queue.set_aside()
+    assert admit(queue) == 1
+    queue.set_aside()
+    assert queue.peek() is None
+    queue.restore()
+    assert [admit(queue), admit(queue)] == [0, 2]
+    queue.check_integrity()
+
+
+def test_the_ready_lane_is_the_one_whose_head_is_next() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a", revision="r1")
+    push(queue, 1, "a", revision="r2", priority=1)
+    lane = queue.ready_lane("a")
+    assert lane is not None
+    assert (lane.key, lane.head.sequence_id) == (("a", "r2"), 1)
+    queue.park(("a", "r2"))
+    lane = queue.ready_lane("a")
+    assert lane is not None
+    assert lane.key == ("a", "r1")
+    assert queue.ready_lane(None) is None
+
+
+def test_clients_that_came_once_are_forgotten() -> None:
+    queue = FairQueue()
+    for sequence_id in range(5000):
+        sequence = push(queue, sequence_id, f"once-{sequence_id}")
+        admit(queue, 10.0)
+        queue.remove(sequence)
+    assert queue.num_clients <= 2
+    assert queue.counter("any") == 50_000.0
+    queue.check_integrity()
+
+
+def test_leaving_and_coming_back_is_not_a_way_to_be_served_more() -> None:
+    queue = FairQueue()
+    for sequence_id in range(4):
+        push(queue, sequence_id, "patient")
+
+    def visit(sequence_id: int, adapter_id: str, service: float) -> None:
+        """Come, be served first, leave."""
+        sequence = push(queue, sequence_id, adapter_id, priority=1)
+        lane = queue.ready_lane(adapter_id)
+        assert lane is not None
+        assert lane.head is sequence
+        queue.admit(lane)
+        queue.charge(adapter_id, service)
+        queue.remove(sequence)
+
+    visit(10, "greedy", 5.0)
+    visit(11, "greedy", 100.0)
+    admit(queue, 50.0)
+    assert queue.floor == 50.0
+    visit(12, "other", 1.0)  # somebody leaves: whoever is at the floor is forgotten
+    assert queue.counter("greedy") == 105.0
+    admit(queue, 70.0)
+    visit(13, "other", 1.0)
+    assert queue.counter("greedy") == queue.floor == 120.0
+    assert queue.num_clients == 2
+    queue.check_integrity()
+
+
+def test_a_preempted_sequence_goes_before_an_older_one_that_never_ran() -> None:
+    queue = FairQueue()
+    queue.park(("a", "r2"))
+    older, younger = push(queue, 0, "a", revision="r2"), push(queue, 1, "a", revision="r1")
+    assert admit(queue) == 1
+    queue.unpark(("a", "r2"))
+    younger.num_preemptions = 1
+    queue.requeue(younger)
+    assert queue.order(younger) < queue.order(older)
+    assert [admit(queue), admit(queue)] == [1, 0]
+
+
+def test_who_is_admitted_was_overtaken_enough() -> None:
+    queue = FairQueue()
+    push(queue, 0, "a")
+    push(queue, 1, "a")
+    lane = queue.peek()
+    assert lane is not None
+    lane.client.overtaken = 7.0
+    admit(queue)
+    assert lane.client.overtaken == 0.0
+
+
+class ReferenceQueue:
+    """Algorithm 2 of the paper with weights and parking, by scans over everything, forgetting nobody."""
+
+    def __init__(self) -> None:
+        self.counters: defaultdict[str | None, float] = defaultdict(float)
+        self.weights: defaultdict[str | None, float] = defaultdict(lambda: 1.0)
+        self.since: dict[str | None, int] = {}
+        self.waiting: list[Sequence] = []
+        self.arrivals: dict[int, int] = {}
+        self.parked: set[AdapterKey] = set()
+        self.active: set[str | None] = set()
+        self.last_left: str | None = "nobody"
+        self.clock = 0
+
+    def refresh(self) -> None:
+        active = {s.adapter_key and s.adapter_key[0] for s in self.waiting if s.adapter_key not in self.parked}
+        for client in active - self.active:
+            others = [self.counters[other] for other in self.active]
+            self.counters[client] = max(self.counters[client], min(others, default=self.counters[self.last_left]))
+            self.clock += 1
+            self.since[client] = self.clock
+        for client in self.active - active:
+            self.last_left = client
+        self.active = active
+
+    def push(self, sequence: Sequence) -> None:
+        self.arrivals.setdefault(sequence.sequence_id, len(self.arrivals))
+        self.waiting.append(sequence)
+        self.refresh()
+
+    def take(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.parked &= {s.adapter_key for s in self.waiting if s.adapter_key is not None}
+        self.refresh()
+
+    def order(self) -> list[Sequence]:
+        """The next sequence of each active client, in fair order."""
+        heads = []
+        for client in sorted(self.active, key=lambda client: (self.counters[client], self.since[client])):
+            runnable = [
+                s
+                for s in self.waiting
+                if (s.adapter_key and s.adapter_key[0]) == client and s.adapter_key not in self.parked
+            ]
+            heads.append(
+                min(
+                    runnable,
+                    key=lambda s: (-s.priority, 0 if s.num_preemptions else 1, self.arrivals[s.sequence_id]),
+                )
+            )
+        return heads
+
+
+class FairQueueMachine(RuleBasedStateMachine):
+    """Whatever happens, the queue gives the order that the reference gives."""
+
+    adapters = st.sampled_from(["a", "b", "c", "d", None])
+    revisions = st.sampled_from(["r1", "r2"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = FairQueue()
+        self.reference = ReferenceQueue()
+        self.running: list[Sequence] = []
+        self.num_sequences = 0
+
+    @rule(adapter_id=adapters, revision=revisions, priority=st.integers(0, 2))
+    def push(self, adapter_id: str | None, revision: str, priority: int) -> None:
+        sequence = make_sequence(self.num_sequences, adapter_id, revision=revision, priority=priority)
+        self.num_sequences += 1
+        self.queue.push(sequence)
+        self.reference.push(sequence)
+
+    @precondition(lambda self: self.reference.active)
+    @rule(num_skipped=st.integers(0, 3), service=st.integers(0, 40))
+    def admit(self, num_skipped: int, service: int) -> None:
+        for _ in range(min(num_skipped, len(self.reference.active) - 1)):
+            self.queue.set_aside()
+        lane = self.queue.peek()
+        assert lane is not None
+        sequence = lane.head
+        self.queue.admit(lane)
+        self.queue.restore()
+        self.reference.take(sequence)
+        self.running.append(sequence)
+        self.charge_client(lane.client.adapter_id, service)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), service=st.integers(0, 40))
+    def charge(self, data: st.DataObject, service: int) -> None:
+        key = data.draw(st.sampled_from(self.running)).adapter_key
+        self.charge_client(key and key[0], service)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def requeue(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.running))
+        self.running.remove(sequence)
+        sequence.num_preemptions += 1
+        self.queue.requeue(sequence)
+        self.reference.push(sequence)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.running))
+        self.running.remove(sequence)
+        self.queue.remove(sequence)
+
+    @precondition(lambda self: self.reference.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.reference.waiting))
+        self.queue.remove(sequence)
+        self.reference.take(sequence)
+
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        keys = sorted({s.adapter_key for s in self.reference.waiting if s.adapter_key is not None})
+        if keys:
+            key = data.draw(st.sampled_from(keys))
+            self.queue.park(key)
+            self.reference.parked.add(key)
+            self.reference.refresh()
+
+    @precondition(lambda self: self.reference.parked)
+    @rule(data=st.data())
+    def unpark(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.reference.parked)))
+        self.queue.unpark(key)
+        self.reference.parked.remove(key)
+        self.reference.refresh()
+
+    @rule(adapter_id=adapters, weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+    def set_weight(self, adapter_id: str | None, weight: float) -> None:
+        self.queue.set_weight(adapter_id, weight)
+        self.reference.weights[adapter_id] = weight
+
+    def charge_client(self, adapter_id: str | None, service: int) -> None:
+        self.queue.charge(adapter_id, service)
+        self.reference.counters[adapter_id] += service / self.reference.weights[adapter_id]
+
+    @invariant()
+    def agrees_with_the_reference(self) -> None:
+        self.queue.check_integrity()
+        assert len(self.queue) == len(self.reference.waiting)
+        order = []
+        while (lane := self.queue.peek()) is not None:
+            order.append(lane.head)
+            self.queue.set_aside()
+        self.queue.restore()
+        assert order == self.reference.order()
+        for client in self.reference.active:
+            assert self.queue.counter(client) == self.reference.counters[client]
+
+
+TestFairQueueMachine = FairQueueMachine.TestCase
+TestFairQueueMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

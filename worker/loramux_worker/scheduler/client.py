@@ -1,0 +1,74 @@
+"""Clients of the fair queue: an adapter, all its revisions together; or the base model."""
+
+from __future__ import annotations
+
+from loramux_worker.engine.sequence import Sequence
+from loramux_worker.scheduler.removable_heap import RemovableHeap
+from loramux_worker.scheduler.tiers import AdapterKey
+
+
+class Lane:
+    """Waiting sequences of one revision of an adapter; parked while that revision is being loaded."""
+
+    __slots__ = ("client", "key", "parked", "waiting")
+
+    def __init__(self, client: Client, key: AdapterKey | None) -> None:
+        self.client = client
+        self.key = key
+        self.parked = False
+        self.waiting: RemovableHeap[Sequence] = RemovableHeap()
+
+    @property
+    def head(self) -> Sequence:
+        """The sequence that is next in this lane. Raises IndexError when none waits."""
+        return self.waiting.first()[1]
+
+
+class Client:
+    """One who shares the engine with the others, and the service it has had.
+
+    `counter` is the virtual token counter: service over weight, lifted when the client becomes active. It is
+    active while a sequence of it waits that could run, that is, in a lane that is not parked; the lane with the
+    next one of these is `ready_lane`.
+    """
+
+    __slots__ = (
+        "adapter_id",
+        "counter",
+        "in_heap",
+        "in_idle_heap",
+        "in_service",
+        "lanes",
+        "order",
+        "overtaken",
+        "ready_lane",
+        "weight",
+    )
+
+    def __init__(self, adapter_id: str | None, weight: float, order: int) -> None:
+        self.adapter_id = adapter_id
+        self.weight = weight
+        self.counter = 0.0
+        self.order = order  # among equal counters: whoever became active first
+        self.lanes: dict[AdapterKey | None, Lane] = {}
+        self.ready_lane: Lane | None = None
+        self.in_service = 0  # sequences admitted and not yet finished
+        self.overtaken = 0.0  # weighted tokens admitted past it since it found no room
+        self.in_heap = False
+        self.in_idle_heap = False
+
+    def charge(self, service: float) -> None:
+        """Count service, in weighted tokens, that the client was given."""
+        self.counter += service / self.weight
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing of it waits or runs."""
+        return not self.lanes and not self.in_service
+
+    def find_ready_lane(self) -> Lane | None:
+        """The lane whose head is the client's next sequence; None when none may run."""
+        ready = [lane for lane in self.lanes.values() if lane.waiting and not lane.parked]
+        if len(ready) > 1:
+            return min(ready, key=lambda lane: lane.waiting.first()[0])
+        return ready[0] if ready else None
