@@ -1,0 +1,261 @@
+"""The gpu pool: whatever is loaded, moved, pinned and evicted, each slot shows its own adapter."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from adapter_folders import linear
+from loramux_worker.adapters import gpu_pool
+from loramux_worker.adapters.extents import ExtentAllocator
+from loramux_worker.adapters.gpu_pool import AdapterPool
+from loramux_worker.adapters.host import HostAdapter
+from loramux_worker.adapters.layout import AdapterLayout
+
+TARGETS = (linear("q", 5, 7), linear("k", 5, 3), linear("up", 5, 11), linear("down", 11, 5))
+CPU = torch.device("cpu")
+
+
+def adapter(number: int, ranks: dict[int, int]) -> HostAdapter:
+    """Adapter `number` with these ranks by target; its elements differ from those of every other."""
+    layout = AdapterLayout.plan(sorted(ranks.items()), TARGETS)
+    return HostAdapter((f"a{number}", "r"), layout, torch.arange(layout.num_elements) * 1.0 + 10_000 * number)
+
+
+def sized(number: int, rank: int) -> HostAdapter:
+    return adapter(number, {0: rank})  # 16 elements for each 1 of rank, at the least
+
+
+def check_contents(pool: AdapterPool, held: dict[int, HostAdapter]) -> None:
+    """Both ways to find the tiles lead to what was loaded: views, and the tables that kernels read."""
+    for slot, loaded in held.items():
+        assert pool.slot_of(loaded.key) == slot
+        tiles = pool.tiles(slot)
+        modules = {module.target: module for module in loaded.layout.modules}
+        for target, shape in enumerate(TARGETS):
+            rank = int(pool.tables.ranks[slot, target])
+            if target not in modules:
+                assert rank == 0
+                assert tiles[target] is None
+                continue
+            module, tile = modules[target], tiles[target]
+            assert rank == module.rank
+            assert tile is not None
+            expected = module.a(loaded.run), module.b(loaded.run)
+            a_offset, b_offset = int(pool.tables.a_offsets[slot, target]), int(pool.tables.b_offsets[slot, target])
+            through_tables = (
+                pool.elements[a_offset:][: rank * shape.in_features].view(rank, -1),
+                pool.elements[b_offset:][: rank * shape.out_features].view(rank, -1),
+            )
+            for view, table, wanted in zip(tile, through_tables, expected, strict=True):
+                assert torch.equal(view, wanted)
+                assert torch.equal(table, wanted)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A model of the pool: a dict of what is in it, with pins and order of use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+        self.held: dict[int, HostAdapter] = {}
+        self.pins: dict[int, int] = {}
+        self.order: list[int] = []
+
+    @initialize(capacity=st.integers(100, 700), max_slots=st.integers(1, 6), staging=st.sampled_from([1, 7, 64, 4096]))
+    def make(self, capacity: int, max_slots: int, staging: int) -> None:
+        original, gpu_pool._STAGING_ELEMENTS = gpu_pool._STAGING_ELEMENTS, staging
+        self.pool = AdapterPool(capacity, len(TARGETS), max_slots, CPU, torch.float32)
+        gpu_pool._STAGING_ELEMENTS = original
+        self.capacity, self.max_slots = capacity, max_slots
+
+    @rule(ranks=st.dictionaries(st.integers(0, 3), st.integers(1, 9), min_size=1))
+    def load(self, ranks: dict[int, int]) -> None:
+        self.number += 1
+        new = adapter(self.number, ranks)
+        size = new.layout.num_elements
+        pinned = sum(loaded.layout.num_elements for slot, loaded in self.held.items() if self.pins[slot])
+        num_pinned = sum(pins > 0 for pins in self.pins.values())
+        slot = self.pool.load(new)
+        if size + pinned > self.capacity or num_pinned == self.max_slots:
+            assert slot is None
+            return
+        assert slot is not None, "there was room, as soon as what is not pinned is gone"
+        used = sum(loaded.layout.num_elements for loaded in self.held.values())
+        while used + size > self.capacity or len(self.held) == self.max_slots:
+            oldest = next(slot for slot in self.order if not self.pins[slot])
+            used -= self.held[oldest].layout.num_elements
+            self.forget(oldest)
+        assert slot not in self.held
+        self.held[slot], self.pins[slot] = new, 0
+        self.order.append(slot)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def load_again(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.held)))
+        assert self.pool.load(self.held[slot]) == slot
+        self.use(slot)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.held)))
+        self.pool.pin(self.held[slot].key)
+        self.pins[slot] += 1
+
+    @precondition(lambda self: any(self.pins.values()))
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(slot for slot, pins in self.pins.items() if pins)))
+        self.pool.unpin(self.held[slot].key)
+        self.pins[slot] -= 1
+        self.use(slot)
+
+    @precondition(lambda self: not all(self.pins.values()))
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(slot for slot, pins in self.pins.items() if not pins)))
+        self.pool.evict(self.held[slot].key)
+        self.forget(slot)
+
+    def use(self, slot: int) -> None:
+        self.order.remove(slot)
+        self.order.append(slot)
+
+    def forget(self, slot: int) -> None:
+        self.order.remove(slot)
+        del self.held[slot], self.pins[slot]
+
+    @invariant()
+    def contents_are_right(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check_integrity()
+            check_contents(self.pool, self.held)
+            used = sum(loaded.layout.num_elements for loaded in self.held.values())
+            assert self.pool.bytes_used == 4 * used
+            assert self.pool.num_adapters == len(self.held)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_no_fragmentation_at_true_ranks() -> None:
+    """Ranks 4 to 128 side by side: whatever was evicted before, the pool fills to its last element."""
+    shuffle = random.Random(0)
+    pool = AdapterPool(16 * 1000, len(TARGETS), 1000, CPU, torch.float32)
+    held: dict[int, HostAdapter] = {}
+    for number in range(400):
+        new = sized(number, shuffle.choice([4, 8, 16, 32, 64, 128]))
+        free = pool.capacity_elements - pool.bytes_used // 4
+        while free < new.layout.num_elements:
+            slot = shuffle.choice(sorted(held))
+            free += held[slot].layout.num_elements
+            pool.evict(held.pop(slot).key)
+        evictions = pool.evictions_total
+        slot = pool.load(new)
+        assert slot is not None
+        assert pool.evictions_total == evictions, "free elements anywhere are enough"
+        held[slot] = new
+    assert pool.moves_total > 0
+    pool.check_integrity()
+    check_contents(pool, held)
+
+
+def test_counts_and_evicted_slots_mean_no_adapter() -> None:
+    pool = AdapterPool(16 * 4, len(TARGETS), 8, CPU, torch.float32)
+    first = pool.load(sized(1, 2))
+    assert first is not None
+    assert pool.load(sized(2, 2)) is not None
+    assert pool.find(("a1", "r")) == first
+    assert pool.find(("a3", "r")) is None
+    assert pool.load(sized(3, 1)) is not None  # evicts a2, used before a1
+    assert pool.slot_of(("a2", "r")) is None
+    assert (pool.hits_total, pool.misses_total, pool.evictions_total) == (1, 3, 1)
+    pool.evict(("a1", "r"))
+    assert not pool.tables.ranks[first].any()
+    assert pool.rank_of(("a3", "r")) == 1
+    assert pool.rank_of(("a1", "r")) is None
+
+
+def test_too_large_or_pinned_changes_nothing() -> None:
+    pool = AdapterPool(16 * 4, len(TARGETS), 8, CPU, torch.float32)
+    assert pool.load(sized(1, 2)) is not None
+    pool.pin(("a1", "r"))
+    assert pool.load(sized(2, 2)) is not None
+    assert pool.load(sized(3, 5)) is None
+    assert pool.load(sized(4, 3)) is None
+    assert pool.slot_of(("a2", "r")) is not None
+    with pytest.raises(AssertionError, match="is pinned"):
+        pool.evict(("a1", "r"))
+    pool.unpin(("a1", "r"))
+    with pytest.raises(AssertionError, match="is not pinned"):
+        pool.unpin(("a1", "r"))
+    assert pool.load(sized(4, 3)) is not None
+
+
+def test_moved_tiles_are_found_again() -> None:
+    pool = AdapterPool(16 * 6, len(TARGETS), 8, CPU, torch.float32)
+    held = {pool.load(sized(number, 2)): sized(number, 2) for number in range(3)}
+    last = pool.slot_of(("a2", "r"))
+    assert last is not None
+    before = pool.tiles(last)[0]
+    assert before is not None
+    for number, slot in ((0, 0), (2, 2)):
+        assert pool.slot_of((f"a{number}", "r")) == slot
+    pool.evict(("a0", "r"))
+    pool.evict(("a2", "r"))
+    slot = pool.load(sized(3, 4))
+    assert pool.moves_total == 1
+    assert slot is not None
+    check_contents(pool, {1: held[1], slot: sized(3, 4)})
+
+
+def brute_force_cost(allocator: ExtentAllocator, size: int) -> int:
+    """The fewest elements to carry so that some run of neighbours, closed up, leaves a hole of `size`."""
+    taken = allocator.taken
+    costs = []
+    for first in range(len(taken) + 1):
+        for last in range(first, len(taken) + 1):
+            start = taken[first - 1].end if first else 0
+            end = taken[last].offset if last < len(taken) else allocator.capacity
+            carried = sum(extent.size for extent in taken[first:last])
+            if end - start - carried >= size:
+                costs.append(carried)
+    return min(costs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=12), st.data())
+def test_plans_carry_the_fewest_elements(parts: list[tuple[int, bool]], data: st.DataObject) -> None:
+    allocator = ExtentAllocator(sum(size for size, _ in parts) + data.draw(st.integers(0, 5)))
+    cells: Tensor = torch.zeros(allocator.capacity)
+    offsets = [(allocator.allocate(size), keep) for size, keep in parts]
+    for offset, keep in offsets:
+        assert offset is not None
+        if not keep:
+            allocator.free(offset)
+    for i, extent in enumerate(allocator.taken):
+        cells[extent.offset : extent.end] = i + 1
+    if not allocator.num_free:
+        return
+    size = data.draw(st.integers(1, allocator.num_free))
+    moves = allocator.plan_moves(size)
+    best = brute_force_cost(allocator, size)
+    assert sum(move.extent.size for move in moves) <= best
+    for move in moves:
+        assert move.to < move.extent.offset
+        cells[move.to : move.to + move.extent.size] = cells[move.extent.offset : move.extent.end].clone()
+        allocator.apply(move)
+        allocator.check_integrity()
+    for extent in allocator.taken:
+        assert len(np.unique(cells[extent.offset : extent.end].numpy())) == 1, "a move wrote over another extent"
+    assert allocator.allocate(size) is not None

@@ -1,0 +1,236 @@
+"""The store over folders and plain web servers: what is an adapter, what is none, and what is an outage."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from loramux_schemas import ErrorCode
+from loramux_worker.adapters.store import MAX_CONFIG_BYTES, AdapterStore, StoreChanged
+from loramux_worker.errors import ConfigurationError, RequestFailed
+
+FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": b"weights" * 1000}
+
+
+def put(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+async def read(store: AdapterStore, adapter_id: str, folder: Path) -> dict[str, bytes]:
+    content = {}
+    for file in await store.list(adapter_id):
+        digest = await store.download(adapter_id, file, folder / file.name)
+        content[file.name] = (folder / file.name).read_bytes()
+        assert (digest.name, digest.size) == (file.name, len(content[file.name]))
+    return content
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ("{adapter_id}", "acme/support"),
+        ("models/{adapter_id}", "models/acme/support"),
+        ("lora-{adapter_id}/latest/", "lora-acme/support/latest"),
+        ("with%20space/{adapter_id}", "with space/acme/support"),
+    ],
+)
+async def test_template_leads_to_the_adapter(tmp_path: Path, template: str, place: str) -> None:
+    put(tmp_path / "root" / place, FILES | {"README.md": b"", "optimizer.pt": b"never read"})
+    store = AdapterStore(f"file://{tmp_path}/root/{template}")
+    assert await read(store, "acme/support", tmp_path) == FILES
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "reason"),
+    [
+        ({"elsewhere/adapter_config.json": b"{}"}, ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter 'a/b'"),
+        ({"a/b/deeper/adapter_config.json": b"{}"}, ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter 'a/b'"),
+        ({"a/b-other/adapter_config.json": b"{}"}, ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter 'a/b'"),
+        ({"a/b": b"a file"}, ErrorCode.ADAPTER_NOT_FOUND, "there is no adapter 'a/b'"),
+        ({"a/b/README.md": b""}, ErrorCode.ADAPTER_INVALID, "adapter_config.json is missing"),
+        ({"a/b/adapter_config.json": b"{}"}, ErrorCode.ADAPTER_INVALID, "safetensors is missing"),
+        ({"a/b/adapter_model.safetensors": b""}, ErrorCode.ADAPTER_INVALID, "adapter_config.json is missing"),
+        (
+            {"a/b/adapter_config.json": b"{}", "a/b/adapter_model.bin": b"\x80"},
+            ErrorCode.ADAPTER_INVALID,
+            r"pickle \(adapter_model.bin\)",
+        ),
+        ({"a/b/adapter.pt": b"\x80"}, ErrorCode.ADAPTER_INVALID, r"pickle \(adapter.pt\)"),
+        (
+            {
+                "a/b/adapter_config.json": b" " * (MAX_CONFIG_BYTES + 1),
+                "a/b/adapter_model.safetensors": b"",
+            },
+            ErrorCode.ADAPTER_INVALID,
+            "adapter_config.json has 4194305 bytes",
+        ),
+    ],
+)
+async def test_what_is_no_adapter(tmp_path: Path, files: dict[str, bytes], code: ErrorCode, reason: str) -> None:
+    put(tmp_path, files)
+    with pytest.raises(RequestFailed, match=reason) as failure:
+        await AdapterStore(f"file://{tmp_path}/{{adapter_id}}").list("a/b")
+    assert failure.value.code == code
+
+
+async def test_name_too_long_for_a_file_system_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RequestFailed) as failure:
+        await AdapterStore(f"file://{tmp_path}/{{adapter_id}}").list("a" * 256)
+    assert failure.value.code == ErrorCode.ADAPTER_NOT_FOUND
+
+
+async def test_file_that_is_not_what_was_listed(tmp_path: Path) -> None:
+    put(tmp_path / "a", FILES)
+    store = AdapterStore(f"file://{tmp_path}/{{adapter_id}}")
+    config, weights = await store.list("a")
+    put(tmp_path / "a", {"adapter_config.json": b'{"r": 9}'})
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    for file in (config, weights):
+        with pytest.raises(StoreChanged):
+            await store.download("a", file, tmp_path / "download")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("s3://bucket/adapters", "has no {adapter_id}"),
+        ("/models/{adapter_id}", "begins with none of file://, s3://"),
+        ("ftp://host/{adapter_id}", "begins with none of file://, s3://"),
+        ("hf://org/{adapter_id}", "hf:// is not supported yet"),
+        ("s3://{adapter_id}", "needs a bucket"),
+        ("s3:///{adapter_id}", "needs a bucket"),
+        ("s3://bucket/{tenant}/{adapter_id}", "no braces"),
+        ("https://host/{adapter_id}?token=1", "no '\\?'"),
+        ("s3://bucket/{adapter_id}/../secret", "no '.' or '..'"),
+        ("file://adapters/{adapter_id}", "three slashes"),
+        ("file:///no/such/folder/{adapter_id}", "there is no folder /no/such/folder"),
+        ("az://container/{adapter_id}", "Account must be specified"),
+    ],
+)
+def test_template_that_leads_nowhere_names_the_setting(
+    template: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(ConfigurationError, match=rf"^--adapter-uri .*{reason}") as failure:
+        AdapterStore(template)
+    assert "\n" not in str(failure.value)
+
+
+class WebServer(ThreadingHTTPServer):
+    """Serves `files`; the next `failures` requests get 503, those in `denied` 403, those in `broken` half."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WebHandler)
+        self.files: dict[str, bytes] = {}
+        self.denied: set[str] = set()
+        self.broken: set[str] = set()
+        self.failures = 0
+        self.ranges = True
+        self.requests: Counter[str] = Counter()
+
+
+class WebHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WebServer
+
+    def do_GET(self) -> None:
+        self.server.requests[f"{self.command} {self.path}"] += 1
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            return self.answer(503)
+        if self.path in self.server.denied:
+            return self.answer(403)
+        if (content := self.server.files.get(self.path)) is None:
+            return self.answer(404)
+        if self.server.ranges and (wanted := self.headers["Range"]):
+            first = int(wanted.removeprefix("bytes=").partition("-")[0])
+            return self.answer(206, content, first)
+        return self.answer(200, content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, content: bytes = b"", first: int = 0) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("ETag", f'"{len(content)}"')
+        self.send_header("Last-Modified", "Mon, 01 Jun 2026 00:00:00 GMT")
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.close_connection = self.path in self.server.broken and first < len(content) // 2
+            self.wfile.write(content[first : len(content) // 2 if self.close_connection else None])
+
+    def log_message(self, *words: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    server = WebServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def web_store(web: WebServer, timeout: float = 30.0) -> AdapterStore:
+    return AdapterStore(f"http://127.0.0.1:{web.server_port}/adapters/{{adapter_id}}", timeout=timeout)
+
+
+async def test_plain_web_server(web: WebServer, tmp_path: Path) -> None:
+    web.files = {f"/adapters/acme/support/{name}": content for name, content in FILES.items()}
+    web.files["/adapters/half/adapter_config.json"] = b"{}"
+    assert await read(web_store(web), "acme/support", tmp_path) == FILES
+    for adapter_id, code in (("other", ErrorCode.ADAPTER_NOT_FOUND), ("half", ErrorCode.ADAPTER_INVALID)):
+        with pytest.raises(RequestFailed) as failure:
+            await web_store(web).list(adapter_id)
+        assert failure.value.code == code
+    assert {request.split()[0] for request in web.requests} == {"GET", "HEAD"}
+
+
+async def test_server_errors_are_tried_again(web: WebServer, tmp_path: Path) -> None:
+    web.files = {f"/adapters/a/{name}": content for name, content in FILES.items()}
+    web.failures = 3
+    assert await read(web_store(web), "a", tmp_path) == FILES
+
+
+async def test_server_errors_are_not_tried_for_ever(web: WebServer) -> None:
+    web.failures = 10**6
+    with pytest.raises(RequestFailed, match="does not answer") as failure:
+        await web_store(web, timeout=0.5).list("a")
+    assert failure.value.code == ErrorCode.ADAPTER_UNAVAILABLE
+    assert 2 < web.requests.total() < 50
+
+
+async def test_denied_access_is_unavailable(web: WebServer) -> None:
+    web.denied = {"/adapters/a/adapter_config.json"}
+    with pytest.raises(RequestFailed, match="denies access") as failure:
+        await web_store(web).list("a")
+    assert failure.value.code == ErrorCode.ADAPTER_UNAVAILABLE
+
+
+async def test_connection_that_ends_half_way_is_taken_up_again(web: WebServer, tmp_path: Path) -> None:
+    web.files = {f"/adapters/a/{name}": content for name, content in FILES.items()}
+    web.broken = {"/adapters/a/adapter_model.safetensors"}
+    assert await read(web_store(web), "a", tmp_path) == FILES
+
+
+async def test_half_a_file_is_never_taken_for_a_whole_one(web: WebServer, tmp_path: Path) -> None:
+    web.files = {f"/adapters/a/{name}": content for name, content in FILES.items()}
+    web.broken = {"/adapters/a/adapter_model.safetensors"}
+    web.ranges = False
+    with pytest.raises(RequestFailed, match="does not answer") as failure:
+        await read(web_store(web), "a", tmp_path)
+    assert failure.value.code == ErrorCode.ADAPTER_UNAVAILABLE

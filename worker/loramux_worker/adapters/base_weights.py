@@ -1,0 +1,69 @@
+"""Recognising the base model's own weights in an adapter's file."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+PIECE_ELEMENTS = 1 << 24
+"""How many elements are compared at a time: bounds the memory that a comparison takes."""
+
+
+class BaseWeights:
+    """The served model's weights of the embedding and the output head, by parameter name (`lm_head.weight`).
+
+    PEFT saves a copy of both beside an adapter that targets one of them, and loading that adapter replaces the base
+    model's. A copy that equals the served weights changes nothing and may be dropped; any other cannot be served.
+    Digests are computed on first use, since most adapters carry no copy. Thread-safe.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self._digests: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> BaseWeights:
+        """Those of a Hugging Face causal language model."""
+        modules = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        return cls(
+            {
+                f"{name}.{kind}": parameter
+                for name, module in model.named_modules(remove_duplicate=False)
+                if any(module is wanted for wanted in modules)
+                for kind in ("weight", "bias")
+                if isinstance(parameter := getattr(module, kind, None), Tensor)
+            }
+        )
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a parameter; None when it is not one of these."""
+        parameter = self._parameters.get(name)
+        return None if parameter is None else tuple(parameter.shape)
+
+    def equal(self, name: str, pieces: Iterable[Tensor]) -> bool:
+        """Whether `pieces` (its elements in order, in any float dtype) are the parameter, in the served dtype."""
+        dtype = self._parameters[name].dtype
+        return _digest(piece.to(dtype) for piece in pieces) == self._digest_of(name)
+
+    def _digest_of(self, name: str) -> bytes:
+        with self._lock:
+            if name not in self._digests:
+                self._digests[name] = _digest(_pieces(self._parameters[name]))
+            return self._digests[name]
+
+
+def _pieces(parameter: Tensor) -> Iterator[Tensor]:
+    flat = parameter.detach().reshape(-1)
+    return (flat[i : i + PIECE_ELEMENTS].cpu() for i in range(0, flat.numel(), PIECE_ELEMENTS))
+
+
+def _digest(pieces: Iterable[Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()

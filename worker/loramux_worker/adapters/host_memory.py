@@ -1,0 +1,42 @@
+"""Memory that goes back to the system when it is dropped: for the host tier, and for what it reads into.
+
+Neither malloc nor torch's allocator for pinned memory promises that: both keep what is freed, and the latter rounds up
+to a power of two. An anonymous mapping is exact to the page and is gone when its last tensor is. Pages are pinned by
+registering the mapping with CUDA.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+
+class _PinnedMapping(mmap.mmap):
+    """A mapping registered with CUDA from `register` to its end, so that copies to the device need no staging."""
+
+    _address: int | None = None
+
+    def register(self, address: int) -> None:
+        """Pin the pages. Raises RuntimeError when CUDA refuses."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, len(self), 0))
+        self._address = address
+
+    def __del__(self) -> None:
+        if self._address is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+
+
+def allocate(num_elements: int, dtype: torch.dtype, *, pin: bool) -> Tensor:
+    """A zeroed run of elements on the CPU, pinned if asked; its memory is returned when the tensor is dropped.
+
+    A copy to the device that is still running keeps nothing alive: whoever starts one holds on to the tensor.
+    """
+    num_bytes = num_elements * dtype.itemsize
+    if not pin:
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
+    mapping = _PinnedMapping(-1, num_bytes)
+    run = torch.frombuffer(mapping, dtype=dtype)
+    mapping.register(run.data_ptr())
+    return run

@@ -1,0 +1,247 @@
+"""Reading an adapter as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors`.
+
+An adapter is either served exactly as PEFT would run it or refused with the reason: every key of the file must be a
+weight of a module that the config targets, every targeted module of the model must have both its weights, and shapes,
+ranks and values must be right. Nothing is skipped, padded or guessed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from loramux_worker.adapters.adapter_config import AdapterConfig, read_config
+from loramux_worker.adapters.base_model_name import is_other_model
+from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights
+from loramux_worker.adapters.host_memory import allocate
+from loramux_worker.adapters.invalid import AdapterInvalid, quoted
+from loramux_worker.adapters.layout import AdapterLayout
+from loramux_worker.adapters.name_patterns import PatternMatcher
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
+from loramux_worker.adapters.targets import TargetKind, TargetModule
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_WEIGHTS = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_ENDINGS = {
+    ".lora_A.weight": (TargetKind.LINEAR, "A"),
+    ".lora_A.default.weight": (TargetKind.LINEAR, "A"),
+    ".lora_B.weight": (TargetKind.LINEAR, "B"),
+    ".lora_B.default.weight": (TargetKind.LINEAR, "B"),
+    ".lora_embedding_A": (TargetKind.EMBEDDING, "A"),
+    ".lora_embedding_A.default": (TargetKind.EMBEDDING, "A"),
+    ".lora_embedding_B": (TargetKind.EMBEDDING, "B"),
+    ".lora_embedding_B.default": (TargetKind.EMBEDDING, "B"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What the engine takes.
+
+    `max_rank` of any one module; weights are cast to `dtype`. `base_model_name` is the served model's hub id, None
+    to check no name (see `base_model_name.py` for what counts as another model). `base_weights` recognises copies of
+    the base model's embedding and head; without it an adapter that brings such copies is refused.
+    """
+
+    max_rank: int
+    dtype: torch.dtype
+    base_model_name: str | None = None
+    base_weights: BaseWeights | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleWeights:
+    """One module's part of an adapter: `a` [rank, in], `b` [rank, out] = Bᵀ times the scaling, in the served dtype.
+
+    The module's output grows by x·aᵀ·b. For an embedding `a` is [rank, vocabulary] and x·aᵀ its columns.
+    """
+
+    target: int
+    rank: int
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterWeights:
+    """An adapter in memory, its modules in target order. `rank` is the largest of any module."""
+
+    rank: int
+    modules: tuple[ModuleWeights, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where one module's weights are in the file, and what B is multiplied with."""
+
+    target: int
+    a: TensorEntry
+    b: TensorEntry
+    scaling: float
+
+
+class AdapterFiles:
+    """An adapter folder, open and checked up to the values of its weights. Use as a context manager.
+
+    `layout` says how much memory the adapter takes, before any weight is read.
+
+    Raises:
+        AdapterInvalid: whatever is wrong with the files; nothing else, whatever the bytes in them are.
+        RequestFailed: `adapter_unavailable`, when the disk fails.
+    """
+
+    def __init__(self, folder: Path, targets: Sequence[TargetModule], limits: AdapterLimits) -> None:
+        self._limits = limits
+        config = read_config(folder)
+        if is_other_model(config.base_model_name, limits.base_model_name):
+            raise AdapterInvalid(
+                f"it was made for the model {quoted(config.base_model_name)}, "
+                f"served is {quoted(limits.base_model_name)}"
+            )
+        if os.path.exists(folder / _PICKLED_WEIGHTS) and not os.path.exists(folder / WEIGHTS_FILE):
+            raise AdapterInvalid(f"{_PICKLED_WEIGHTS} is a pickle: save the adapter as safetensors")
+        self._file = TensorFile(folder, WEIGHTS_FILE)
+        try:
+            found, self._copies = _sort_keys(self._file.entries, targets, limits.base_weights)
+            self._sources = _match_to_config(found, config, targets, limits.max_rank)
+        except BaseException:
+            self._file.close()
+            raise
+        self.layout = AdapterLayout.plan([(s.target, s.a.shape[0]) for s in self._sources], targets)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read_into(self, run: Tensor) -> None:
+        """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled before the cast.
+
+        What is read goes straight to its place: the only other memory is one tensor at a time.
+        """
+        self._check_copies()
+        for source, place in zip(self._sources, self.layout.modules, strict=True):
+            a = place.a(run).copy_(self._file.read(source.a))
+            _check_finite(a, source.a.name)
+            scaled = allocate(source.b.num_elements, torch.float32, pin=False).view(source.b.shape)
+            scaled.copy_(self._file.read(source.b)).mul_(source.scaling)
+            b = place.b(run).copy_(scaled.t())
+            _check_finite(b, source.b.name)
+
+    def _check_copies(self) -> None:
+        for name, entry in self._copies.items():
+            weights = self._limits.base_weights
+            if weights is None or not weights.equal(name, self._file.read_pieces(entry, PIECE_ELEMENTS)):
+                raise AdapterInvalid(
+                    f"it brings its own {quoted(name)}, which differs from the served model's: trained or resized "
+                    "embeddings are not served"
+                )
+
+
+def read_adapter(folder: Path, targets: Sequence[TargetModule], limits: AdapterLimits) -> AdapterWeights:
+    """Read and check a whole adapter; raises as `AdapterFiles` does."""
+    with AdapterFiles(folder, targets, limits) as files:
+        run = allocate(files.layout.num_elements, limits.dtype, pin=False)
+        files.read_into(run)
+        places = files.layout.modules
+        modules = (ModuleWeights(place.target, place.rank, place.a(run), place.b(run)) for place in places)
+        return AdapterWeights(files.layout.rank, tuple(modules))
+
+
+Found = dict[int, dict[str, TensorEntry]]
+"""By target index: the entries of "A" and "B"."""
+
+
+def _sort_keys(
+    entries: dict[str, TensorEntry], targets: Sequence[TargetModule], base_weights: BaseWeights | None
+) -> tuple[Found, dict[str, TensorEntry]]:
+    """Divide the file's tensors into LoRA weights and copies of base weights, by parameter name."""
+    index = {target.name: i for i, target in enumerate(targets)}
+    found: Found = {}
+    copies: dict[str, TensorEntry] = {}
+    for key, entry in entries.items():
+        name = key.removeprefix(_PREFIX)
+        ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
+        if ending is None:
+            parameter = _copied_parameter(name, entry, base_weights)
+            if parameter in copies:
+                raise AdapterInvalid(f"{quoted(parameter)} is there twice")
+            copies[parameter] = entry
+            continue
+        module = name.removesuffix(ending)
+        kind, part = _ENDINGS[ending]
+        if module not in index:
+            raise AdapterInvalid(f"{quoted(key)} is for {quoted(module)}, which this model does not have or adapt")
+        target = index[module]
+        if targets[target].kind is not kind:
+            raise AdapterInvalid(f"{quoted(key)} does not fit {quoted(module)}, of kind {targets[target].kind}")
+        parts = found.setdefault(target, {})
+        if part in parts:
+            raise AdapterInvalid(f"lora_{part} of {quoted(module)} is there twice")
+        parts[part] = entry
+    return found, copies
+
+
+def _copied_parameter(name: str, entry: TensorEntry, base_weights: BaseWeights | None) -> str:
+    """The base parameter that a key without LoRA's endings is a copy of: save_pretrained's `save_embedding_layers`."""
+    parameter = name.replace(".base_layer.", ".")
+    shape = None if base_weights is None else base_weights.shape(parameter)
+    if shape is None:
+        raise AdapterInvalid(f"{quoted(entry.name)} is left over: not a LoRA weight of any module")
+    if entry.shape != shape:
+        raise AdapterInvalid(
+            f"{quoted(entry.name)} has shape {list(entry.shape)}, the served model's {list(shape)}: a resized "
+            "vocabulary is not served"
+        )
+    return parameter
+
+
+def _match_to_config(
+    found: Found, config: AdapterConfig, targets: Sequence[TargetModule], max_rank: int
+) -> list[_Source]:
+    """Check every module's weights against config and model; the sources in target order."""
+    matcher = PatternMatcher()
+    sources = []
+    for i, target in enumerate(targets):
+        is_target = config.is_target(target, matcher)
+        parts = found.get(i)
+        if parts is None:
+            if is_target:
+                raise AdapterInvalid(f"{quoted(target.name)} is a target module of the config and has no weights")
+            continue
+        if not is_target:
+            raise AdapterInvalid(f"the weights of {quoted(target.name)} are left over: the config does not target it")
+        if len(parts) != 2:
+            raise AdapterInvalid(f"lora_{'B' if 'A' in parts else 'A'} of {quoted(target.name)} is missing")
+        rank = config.rank_of(target.name, matcher)
+        if rank > max_rank:
+            raise AdapterInvalid(f"rank {quoted(rank)} of {quoted(target.name)} is above the limit of {max_rank}")
+        for part, shape in (("A", (rank, target.in_features)), ("B", (target.out_features, rank))):
+            if parts[part].shape != shape:
+                raise AdapterInvalid(
+                    f"{quoted(parts[part].name)} has shape {quoted(list(parts[part].shape))}, config and model say "
+                    f"{list(shape)}"
+                )
+        scaling = config.scaling_of(target.name, rank, matcher)
+        sources.append(_Source(i, parts["A"], parts["B"], scaling))
+    if not sources:
+        raise AdapterInvalid("its target_modules are none of this model's")
+    return sources
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    lowest, highest = torch.aminmax(values)  # NaN if there is one; and no tensor of flags, unlike isfinite
+    if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise AdapterInvalid(f"{quoted(name)} has NaN or infinite values, or some that are too large for {dtype}")

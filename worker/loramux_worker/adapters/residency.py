@@ -1,0 +1,136 @@
+"""Where an adapter is, host tier or gpu pool, and getting it from one to the other."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from loramux_schemas import ErrorCode
+from loramux_worker.adapters.gpu_pool import AdapterPool, Tile
+from loramux_worker.adapters.host import AdapterKey, HostTier, LoadResult
+from loramux_worker.adapters.invalid import AdapterInvalid
+from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.errors import RequestFailed
+
+_MAX_REFERENCES = 65_536
+
+
+class AdapterResidency:
+    """What the engine and its scheduler know of adapters. One thread owns it.
+
+    An adapter that a sequence waits for is kept in the host tier until it is in the pool; there it needs no copy on
+    the host. So memory is never held for what cannot run, and what waits for memory gets it as sequences run.
+
+        prefetch → (loading) → poll → rank → acquire → slot, tiles → release → forget
+    """
+
+    def __init__(self, host: HostTier, pool: AdapterPool) -> None:
+        self.host = host
+        self.pool = pool
+        self._references: OrderedDict[AdapterKey, AdapterReference] = OrderedDict()  # least recently named first
+        self._wanted: set[AdapterKey] = set()
+        self._unknown: list[AdapterKey] = []
+
+    def prefetch(self, reference: AdapterReference) -> None:
+        """Have an adapter brought in, unless it is here or on its way; a load that failed is tried again.
+
+        Remembers where its files are, so that `rank` can bring it back after an eviction: until `forget`, or until
+        very many others were named that no sequence waited for either.
+        """
+        self._references[reference.key] = reference
+        self._references.move_to_end(reference.key)
+        if len(self._references) > _MAX_REFERENCES:
+            self._drop_oldest_unwanted_reference()
+        if self.pool.slot_of(reference.key) is None:
+            self.host.load(reference)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether `poll` will have something to tell soon."""
+        return self.host.num_loading > 0 or bool(self._unknown)
+
+    def rank(self, key: AdapterKey) -> int | None:
+        """The adapter's rank if it is in the pool or the host tier, where it then stays until it is acquired.
+
+        None: it is on its way, and `poll` will tell how that ended.
+        """
+        rank = self.pool.rank_of(key)
+        if rank is not None:
+            return rank
+        self._wanted.add(key)
+        self.host.want(key)
+        if (adapter := self.host.get(key)) is not None:
+            return adapter.rank
+        if not self.host.is_loading(key):
+            self._load_again(key)
+        return None
+
+    def acquire(self, key: AdapterKey) -> bool:
+        """Make the adapter resident in the pool and pin it; False, and nothing changed: no room, or not loaded."""
+        if self.pool.find(key) is None:
+            adapter = self.host.get(key)
+            if adapter is None or self.pool.load(adapter) is None:
+                return False
+        self.pool.pin(key)
+        self._unwant(key)
+        return True
+
+    def release(self, key: AdapterKey) -> None:
+        """Undo one `acquire`."""
+        self.pool.unpin(key)
+
+    def slot(self, key: AdapterKey) -> int:
+        """The pool slot of an acquired adapter."""
+        slot = self.pool.slot_of(key)
+        assert slot is not None, f"{key} is not resident"
+        return slot
+
+    def tiles(self, slot: int) -> list[Tile | None]:
+        """By target index, A [rank, in] and scaled Bᵀ [rank, out] of the slot's adapter; valid for one step."""
+        return self.pool.tiles(slot)
+
+    def poll(self) -> list[LoadResult]:
+        """The loads that ended since the last call, each once."""
+        results = [self._check_fits_pool(result) for result in self.host.poll()]
+        results += [
+            LoadResult(key, RequestFailed(ErrorCode.ADAPTER_UNAVAILABLE, "the adapter is no longer known here"), 0.0)
+            for key in self._unknown
+        ]
+        self._unknown.clear()
+        return results
+
+    def forget(self, key: AdapterKey) -> None:
+        """No sequence wants the adapter any longer, running or waiting: it may go from both tiers."""
+        self._unwant(key)
+        self.host.cancel(key)
+        self._references.pop(key, None)
+
+    def close(self) -> None:
+        """Stop loading."""
+        self.host.close()
+
+    def _unwant(self, key: AdapterKey) -> None:
+        if key in self._wanted:
+            self._wanted.remove(key)
+            self.host.unwant(key)
+
+    def _load_again(self, key: AdapterKey) -> None:
+        reference = self._references.get(key)
+        if reference is not None:
+            self.host.load(reference)
+        elif key not in self._unknown:
+            self._unknown.append(key)
+
+    def _check_fits_pool(self, result: LoadResult) -> LoadResult:
+        adapter = self.host.get(result.key)
+        if adapter is None or adapter.layout.num_elements <= self.pool.capacity_elements:
+            return result
+        self.host.drop(result.key)
+        have = self.pool.capacity_elements * self.pool.elements.itemsize
+        error = AdapterInvalid(f"it takes {adapter.num_bytes} bytes, the gpu pool has {have} in all")
+        return result._replace(error=error)
+
+    def _drop_oldest_unwanted_reference(self) -> None:
+        for key in self._references:
+            if key not in self._wanted and self.pool.slot_of(key) is None:
+                del self._references[key]
+                return

@@ -1,0 +1,153 @@
+"""A reader of safetensors files that trusts nothing in them.
+
+Format (https://github.com/huggingface/safetensors#format): eight bytes little-endian, the header's length N; N bytes
+of JSON, name → {dtype, shape, data_offsets}; the tensors' bytes, one after another without holes. Read here and not
+with the safetensors package, because that keeps the last of two entries with one name, maps the file (a failing disk
+would then be a SIGBUS instead of an error), and because a tensor is to be read straight before it is packed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from loramux_worker.adapters.host_memory import allocate
+from loramux_worker.adapters.invalid import AdapterInvalid, parse_object, quoted
+from loramux_worker.adapters.regular_file import open_regular, read_up_to, unreadable
+
+_MAX_HEADER_BYTES = 16 << 20
+_LENGTH_BYTES = 8
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save: a zip; older: a pickle
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies in the file: `offset` from the file's start, in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return math.prod(self.shape)
+
+
+class TensorFile:
+    """An open safetensors file whose header has been checked; `entries` by name, in the file's order.
+
+    Raises:
+        AdapterInvalid: on construction, when the file is missing or its header is not true of it.
+        RequestFailed: `adapter_unavailable`, any time, when the disk fails.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name = name
+        self._file = open_regular(folder, name)
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
+        self._file.close()
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """The tensor, in the file's dtype, on the CPU."""
+        return self._read_elements(entry, 0, entry.num_elements).view(entry.shape)
+
+    def read_pieces(self, entry: TensorEntry, max_elements: int) -> Iterator[Tensor]:
+        """The tensor's elements in order, at most `max_elements` at a time."""
+        for first in range(0, entry.num_elements, max_elements):
+            yield self._read_elements(entry, first, min(max_elements, entry.num_elements - first))
+
+    def _read_elements(self, entry: TensorEntry, first: int, count: int) -> Tensor:
+        values = allocate(count, entry.dtype, pin=False)  # malloc would keep some of it for ever
+        view = values.view(torch.uint8).numpy().data
+        try:
+            self._file.seek(entry.offset + first * entry.dtype.itemsize)
+            if self._file.readinto(view) != len(view):  # type: ignore[attr-defined]
+                raise AdapterInvalid(f"{self._name} became shorter while it was read")
+        except OSError as error:
+            raise unreadable(self._name, error) from None
+        return values
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        name, size = self._name, os.fstat(self._file.fileno()).st_size
+        start = read_up_to(self._file, _LENGTH_BYTES, name)
+        length = int.from_bytes(start, "little")
+        if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+            if start.startswith(_PICKLES):
+                raise AdapterInvalid(f"{name} is a pickle: only safetensors are read")
+            raise AdapterInvalid(f"{name} is truncated or not a safetensors file: its header does not fit in it")
+        if length > _MAX_HEADER_BYTES:
+            raise AdapterInvalid(f"{name}: a header of {length} bytes is larger than {_MAX_HEADER_BYTES}")
+        header = parse_object(read_up_to(self._file, length, name), f"{name}: header")
+        _check_metadata(header.pop("__metadata__", {}), name)
+        first_byte = _LENGTH_BYTES + length
+        return _entries(header, name, first_byte, size - first_byte)
+
+
+def _check_metadata(metadata: object, name: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterInvalid(f"{name}: __metadata__ is not an object of strings")
+
+
+def _entries(header: dict[str, Any], name: str, first_byte: int, data_bytes: int) -> dict[str, TensorEntry]:
+    """Check that the tensors fill the data from its first byte to its last, each as its shape says."""
+    fields = {tensor: _fields(value, f"{name}: {quoted(tensor)}") for tensor, value in header.items()}
+    at = 0
+    entries = {}
+    for tensor, (dtype, shape, begin, end) in sorted(fields.items(), key=lambda item: item[1][2:]):
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if begin != at or end - begin != num_bytes:
+            raise AdapterInvalid(
+                f"{name}: {quoted(tensor)} lies at bytes {quoted(begin)} to {quoted(end)}, "
+                f"its shape and place say {at} to {quoted(at + num_bytes)}"
+            )
+        entries[tensor] = TensorEntry(tensor, dtype, shape, first_byte + begin)
+        at = end
+    if at != data_bytes:
+        raise AdapterInvalid(
+            f"{name} is truncated or too long: {data_bytes} bytes of data, its header says {quoted(at)}"
+        )
+    return entries
+
+
+def _fields(value: object, where: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise AdapterInvalid(f"{where} has no dtype, shape and data_offsets, or has more than those")
+    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        raise AdapterInvalid(f"{where} has dtype {quoted(value['dtype'])}: float32, float16 and bfloat16 are read")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise AdapterInvalid(f"{where} has a shape or offsets that are no sizes")
+    if 0 in shape or len(shape) > 8:
+        raise AdapterInvalid(f"{where} has the shape {quoted(shape)}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
