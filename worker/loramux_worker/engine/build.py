@@ -1,0 +1,118 @@
+"""An engine and its parts, put together from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loramux_worker.adapters.base_weights import BaseWeights
+from loramux_worker.adapters.gpu_pool import AdapterPool
+from loramux_worker.adapters.host import HostTier
+from loramux_worker.adapters.peft_format import AdapterLimits
+from loramux_worker.adapters.residency import AdapterResidency
+from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.engine import Engine
+from loramux_worker.engine.kv_cache import BlockPool
+from loramux_worker.engine.memory import plan_memory
+from loramux_worker.engine.protocol import PROTOCOL_VERSION, EngineMessage, Ready, Stats
+from loramux_worker.engine.runner import Runner
+from loramux_worker.errors import ConfigurationError
+from loramux_worker.model.loader import ServedModel, load_model
+from loramux_worker.model.self_check import check_model
+from loramux_worker.scheduler.scheduler import Scheduler, SchedulerConfig
+
+_MAX_RESIDENT = 4096  # rows of the pool's tables: adapters on the device at once
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """The engine, and the parts whose figures are reported."""
+
+    engine: Engine
+    scheduler: Scheduler
+    blocks: BlockPool
+    adapters: AdapterResidency
+    ready: Ready
+
+    def stats(self) -> Stats:
+        """A picture of the moment."""
+        host, pool = self.adapters.host, self.adapters.pool
+        return Stats(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            kv_blocks_used=self.blocks.num_used,
+            kv_blocks=self.blocks.num_blocks,
+            preemptions_total=self.engine.preemptions_total,
+            steps_total=self.engine.steps_total,
+            step_seconds_total=self.engine.step_seconds_total,
+            batch_sequences=self.engine.batch_sequences,
+            batch_adapters=self.engine.batch_adapters,
+            host_adapters=host.num_adapters,
+            host_bytes=host.bytes_used,
+            gpu_adapters=pool.num_adapters,
+            gpu_bytes=pool.bytes_used,
+            host_evictions_total=host.evictions_total,
+            gpu_evictions_total=pool.evictions_total,
+            host_hits_total=host.hits_total,
+            host_misses_total=host.misses_total,
+            gpu_hits_total=pool.hits_total,
+            gpu_misses_total=pool.misses_total,
+        )
+
+
+def build_engine(config: EngineConfig, emit: Callable[[EngineMessage], None]) -> EngineParts:
+    """Load the model, check it, divide the memory; `emit` takes what the front is to hear.
+
+    Raises:
+        ConfigurationError: these settings, or this model, cannot be served.
+    """
+    model = load_model(config.model, config.device, config.dtype)
+    check_model(model)
+    max_model_len = _context_length(config, model)
+    memory = plan_memory(config, model, max_model_len)
+    blocks = BlockPool(memory.num_blocks, config.block_size)
+    pool = AdapterPool(
+        capacity_elements=memory.adapter_bytes // model.dtype.itemsize,
+        num_targets=len(model.targets),
+        max_slots=_MAX_RESIDENT,
+        device=model.device,
+        dtype=model.dtype,
+    )
+    host = HostTier(
+        memory.host_bytes,
+        model.targets,
+        AdapterLimits(
+            max_rank=config.max_lora_rank,
+            dtype=model.dtype,
+            base_model_name=config.model_name or model.name,
+            base_weights=BaseWeights.of_model(model.module),
+        ),
+        pin=model.device.type == "cuda",
+    )
+    adapters = AdapterResidency(host, pool)
+    limits = SchedulerConfig(
+        max_model_len=max_model_len,
+        max_batched_tokens=config.max_batched_tokens,
+        max_batch_sequences=config.max_batch_sequences,
+        max_batch_ranks=config.max_batch_ranks,
+    )
+    scheduler = Scheduler(limits, blocks, adapters)
+    runner = Runner(model, adapters, memory.num_blocks, config.block_size)
+    engine = Engine(scheduler, runner, adapters, max_model_len, emit)
+    ready = Ready(
+        protocol_version=PROTOCOL_VERSION,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        num_blocks=memory.num_blocks,
+        block_size=config.block_size,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return EngineParts(engine, scheduler, blocks, adapters, ready)
+
+
+def _context_length(config: EngineConfig, model: ServedModel) -> int:
+    asked = config.max_model_len
+    if asked is not None and asked > model.max_position:
+        raise ConfigurationError(f"--max-model-len {asked}: the model is right up to {model.max_position} tokens")
+    return asked or model.max_position

@@ -1,0 +1,180 @@
+"""Load a base model for serving: Hugging Face's modelling code with our attention and LoRA layers in it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loramux_worker.adapters.targets import TargetModule
+from loramux_worker.errors import ConfigurationError
+from loramux_worker.model.attention import IMPLEMENTATION, attach
+from loramux_worker.model.context import StepContext
+from loramux_worker.model.lora_layers import add_lora_layers
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model ready to run packed batches."""
+
+    module: nn.Module
+    context: StepContext
+    targets: tuple[TargetModule, ...]
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int  # positions that the model can be right at
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        """One forward pass over a packed batch; the context holds its layout.
+
+        Args:
+            input_ids, position_ids: int64 [T].
+            rows: int64 [n], the rows whose logits are asked for.
+
+        Returns:
+            logits [n, vocabulary].
+        """
+        out = self.module(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=rows
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def load_model(path: str, device: str, dtype: str) -> ServedModel:
+    """Read config and weights and prepare the model.
+
+    Raises:
+        ConfigurationError: there is no such model, or this architecture cannot be served rightly.
+    """
+    where = pick_device(device)
+    config = _read_config(path)
+    refuse_unsupported(config)
+    kind = _pick_dtype(dtype, where, config)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=kind, attn_implementation=IMPLEMENTATION, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(f"--model {path}: cannot load its weights: {_one_line(error)}") from error
+    refuse_unsupported_model(module)
+    module.eval().requires_grad_(False).to(where)
+    context = StepContext()
+    text = config.get_text_config()
+    num_layers = attach(module, context)
+    if num_layers != text.num_hidden_layers:
+        raise ConfigurationError(
+            f"--model: {config.model_type} has {text.num_hidden_layers} layers but {num_layers} of attention: "
+            "architectures with other kinds of layers are not served"
+        )
+    return ServedModel(
+        module=module,
+        context=context,
+        targets=add_lora_layers(module, context),
+        name=config._name_or_path or path,
+        num_layers=num_layers,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=module.get_output_embeddings().out_features,
+        max_position=_max_position(text),
+        device=where,
+        dtype=kind,
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigurationError(f"--device {device}: say auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"--device {device}: torch sees no GPU here; say --device cpu")
+    return chosen
+
+
+def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _read_config(path: str) -> Any:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(f"--model {path}: {_one_line(error)}") from error
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what the config alone shows cannot be right.
+
+    Raises:
+        ConfigurationError: one line that names the reason.
+    """
+    name = config.model_type
+    if config.is_encoder_decoder:
+        raise ConfigurationError(f"--model: {name} is an encoder-decoder; only decoder-only models are served")
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigurationError(f"--model: {name} has layers of kind {', '.join(sorted(kinds))}, which is not served")
+
+
+def refuse_unsupported_model(module: Any) -> None:
+    """Refuse modelling code that does not take our attention or cannot leave out logits.
+
+    Raises:
+        ConfigurationError: one line that names the reason.
+    """
+    name = type(module).__name__
+    if not getattr(module, "_supports_attention_backend", False):
+        raise ConfigurationError(f"--model: {name} does not support attention backends in transformers: not served")
+    if "logits_to_keep" not in inspect.signature(module.forward).parameters:
+        raise ConfigurationError(f"--model: {name} cannot compute the logits of chosen rows: not served")
+
+
+def _max_position(text: Any) -> int:
+    """The longest context that is right in a packed batch.
+
+    `dynamic` and `longrope` scale by the longest sequence of the whole batch, so that one long request would change
+    the others: they are served up to the length at which no scaling sets in.
+    """
+    longest: int = text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    ropes = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    for parameters in ropes:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings")
+            original = original or getattr(text, "original_max_position_embeddings", None) or longest
+            longest = min(longest, original)
+    return longest
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
