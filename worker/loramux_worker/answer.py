@@ -1,0 +1,159 @@
+"""The way of one request through the front: from its record to the records that answer it.
+
+Everything that can go wrong with a request ends here as its own error reply; nothing of it reaches another request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from loramux_schemas import (
+    AdapterName,
+    ErrorCode,
+    FinishReason,
+    InvalidRequest,
+    ReplyRoute,
+    Request,
+    UnparseableMessage,
+)
+from loramux_worker.adapters.catalog import AdapterCatalog
+from loramux_worker.deltas import DeltaStream
+from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.errors import RequestFailed
+from loramux_worker.generation import Generation
+from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.pool import EnginePool
+from loramux_worker.prompts import prompt_token_ids, sampling_parameters
+from loramux_worker.replies import Answer, ReplyWriter, Topics
+from loramux_worker.stopwatch import Stopwatch
+from loramux_worker.text.assembler import TextAssembler
+from loramux_worker.text.detokenizer import IncrementalDetokenizer
+from loramux_worker.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+
+class Answerer:
+    """Turns records into answers; `post` sends deltas in order without waiting for each."""
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        tokenizer: Tokenizer,
+        catalog: AdapterCatalog,
+        pool: EnginePool,
+        replies: ReplyWriter,
+        post: Callable[[OutgoingRecord], Awaitable[None]],
+    ) -> None:
+        self._topics = topics
+        self._tokenizer = tokenizer
+        self._catalog = catalog
+        self._pool = pool
+        self._replies = replies
+        self._post = post
+
+    async def __call__(self, record: Record) -> tuple[OutgoingRecord, ...]:
+        """Answer one record. Raises nothing but `CancelledError`."""
+        watch = Stopwatch(record.timestamp_ms)
+        route = ReplyRoute.unrouted(record.headers)
+        try:
+            request = Request.from_json(record.value)
+        except UnparseableMessage as error:
+            return self._replies.buried(record, route, error.reason)
+        except InvalidRequest as error:
+            return (self._replies.invalid(error, route, watch.timing(None)),)
+        adapter_id = None if request.adapter is None else request.adapter.adapter_id
+        structlog.contextvars.bind_contextvars(request_id=request.request_id, adapter_id=adapter_id)
+        try:
+            route = self._route(record)
+            answer = await self._run(request, route, watch)
+        except RequestFailed as error:
+            return (self._replies.failed(request, route, error, watch.timing(None)),)
+        except Exception as error:  # a bug of ours must cost one request, not the worker
+            log.exception("request_crashed")
+            failed = RequestFailed(ErrorCode.INTERNAL, f"the worker failed: {type(error).__name__}")
+            return (self._replies.failed(request, route, failed, watch.timing(None)),)
+        return (self._replies.answered(request, route, answer, watch.timing(answer.generation.timing)),)
+
+    def _route(self, record: Record) -> ReplyRoute:
+        try:
+            route = ReplyRoute.from_headers(record.headers)
+        except ValueError as error:
+            raise RequestFailed(ErrorCode.INVALID_REQUEST, str(error)) from None
+        if route.topic is not None and not self._topics.allows(route.topic):
+            raise RequestFailed(ErrorCode.INVALID_REQUEST, f"reply_to: {route.topic} is not in --reply-topics")
+        return route
+
+    async def _run(self, request: Request, route: ReplyRoute, watch: Stopwatch) -> Answer:
+        """Bring prompt and adapter together, and generate."""
+        try:
+            async with asyncio.timeout(watch.seconds_until(request.deadline_ms)):
+                prompt, _ = await asyncio.gather(
+                    prompt_token_ids(request, self._tokenizer, self._pool.limits), self._prefetch(request.adapter)
+                )
+                adapter = None if request.adapter is None else await self._catalog.acquire(request.adapter)
+        except TimeoutError:
+            raise RequestFailed(ErrorCode.DEADLINE_EXCEEDED, "the deadline passed before generation") from None
+        watch.prepared()
+        try:
+            return await self._generate(request, route, prompt, adapter)
+        finally:
+            if adapter is not None:
+                self._catalog.release(adapter)
+
+    async def _prefetch(self, name: AdapterName | None) -> None:
+        """Start the way of the adapter's weights into memory while the prompt is still being read."""
+        if name is not None:
+            self._pool.prefetch(await self._catalog.fetch(name))
+
+    async def _generate(
+        self, request: Request, route: ReplyRoute, prompt: list[int], adapter: AdapterReference | None
+    ) -> Answer:
+        parameters = request.parameters
+        detokenizer = IncrementalDetokenizer(self._tokenizer, prompt, parameters.skip_special_tokens)
+        assembler = TextAssembler(detokenizer, parameters.stop)
+        generation = self._pool.submit(
+            prompt,
+            sampling_parameters(request, self._tokenizer.eos_token_ids),
+            adapter,
+            priority=request.priority,
+            deadline=None if request.deadline_ms is None else request.deadline_ms / 1000,
+        )
+        try:
+            count = await self._follow(request, route, generation, assembler)
+        finally:
+            self._pool.cancel(generation)
+        text = assembler.text
+        if parameters.return_full_text:
+            text = (request.prompt or self._tokenizer.decode(prompt, True)) + text
+        reason = FinishReason.STOP_SEQUENCE if assembler.stopped else FinishReason(generation.finish_reason or "")
+        return Answer(generation, count, text, reason, len(prompt), adapter)
+
+    async def _follow(
+        self, request: Request, route: ReplyRoute, generation: Generation, assembler: TextAssembler
+    ) -> int:
+        """Read a generation to its end, sending deltas if asked; returns how many tokens belong to the answer."""
+        stream = DeltaStream(request, route, self._topics.stream, self._post) if request.stream else None
+        parameters = request.parameters
+        # where nobody looks at the text before the end, one waking for all tokens will do
+        at_once = stream is None and not parameters.stop
+        count = 0
+        while not (assembler.stopped or (generation.is_done and count == len(generation.token_ids))):
+            await generation.wait_beyond(parameters.max_new_tokens if at_once else count)
+            for token_id in generation.token_ids[count:]:
+                count += 1
+                last = generation.finish_reason is not None and count == len(generation.token_ids)
+                hidden = last and generation.finish_reason != FinishReason.LENGTH and parameters.skip_special_tokens
+                piece = "" if hidden else assembler.push(token_id)
+                if stream is not None:
+                    await stream.push(token_id, piece)
+                if assembler.stopped:
+                    break
+        rest = assembler.finish()
+        if stream is not None:
+            await stream.finish(rest)
+        return count

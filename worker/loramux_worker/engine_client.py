@@ -1,0 +1,221 @@
+"""The front's side of one engine: its process, its socket and the generations it works on."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from loramux_schemas import ErrorCode
+from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.protocol import (
+    PROTOCOL_VERSION,
+    AdapterReference,
+    Cancel,
+    EngineMessage,
+    Failed,
+    FrontMessage,
+    Outputs,
+    Prefetch,
+    Ready,
+    Refused,
+    Stats,
+    Stop,
+    decode_engine_message,
+    encode,
+)
+from loramux_worker.errors import ConfigurationError, RequestFailed
+from loramux_worker.generation import Generation
+
+log = structlog.get_logger(__name__)
+
+_MAX_DEATHS = 3  # engines that one sequence may take down before it is given up
+_STOP_TIMEOUT = 5.0  # seconds from Stop to kill
+_MAX_BACKOFF = 30.0  # seconds between restarts
+
+
+class EngineClient:
+    """Starts an engine process, speaks with it, and starts another when it dies.
+
+    A generation outlives its engine: the next one gets the request with the tokens that came so far.
+    """
+
+    def __init__(self, index: int, config: EngineConfig, folder: Path) -> None:
+        self.index = index
+        self.ready: Ready | None = None
+        self.stats: Stats | None = None
+        self.restarts = 0
+        self._config = config
+        self._folder = folder
+        self._generations: dict[int, Generation] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        """Start the process and wait until it takes requests.
+
+        Raises:
+            ConfigurationError: it refused its settings, or ended before it was ready.
+        """
+        self._started = asyncio.get_running_loop().create_future()
+        self._keeper = asyncio.create_task(self._keep_running(), name=f"engine-{self.index}")
+        await self._started
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the process is there and its model loaded."""
+        return self._socket is not None
+
+    @property
+    def in_flight(self) -> int:
+        """Generations that it has been given and that are not done."""
+        return len(self._generations)
+
+    def submit(self, generation: Generation) -> None:
+        """Hand over a generation now, or as soon as the engine is ready."""
+        self._generations[generation.sequence_id] = generation
+        self._send(generation.submission())
+
+    def cancel(self, generation: Generation) -> None:
+        """Forget a generation if it is here."""
+        if self._generations.pop(generation.sequence_id, None) is not None:
+            self._send(Cancel(generation.sequence_id))
+
+    def prefetch(self, adapter: AdapterReference) -> None:
+        """Tell the engine that requests for this adapter are coming."""
+        self._send(Prefetch(adapter))
+
+    async def close(self) -> None:
+        """Stop the process, by force if it does not listen; generations that are not done fail."""
+        self._closing = True
+        if self._process is not None and self._process.returncode is None:
+            if self._socket is None:
+                self._process.terminate()
+            self._send(Stop())
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)
+            except TimeoutError:
+                self._process.kill()
+        if self._keeper is not None:
+            await self._keeper
+        for generation in self._generations.values():
+            generation.fail(RequestFailed(ErrorCode.CANCELLED, "the worker is going down"))
+        self._generations.clear()
+        self._context.destroy(linger=0)
+
+    def _send(self, message: FrontMessage) -> None:
+        if self._socket is not None:  # what is said before Ready is repeated then
+            self._socket.send(encode(message))
+
+    async def _keep_running(self) -> None:
+        """Run one process after the other while the worker lives."""
+        backoff = 1.0
+        while True:
+            was_ready = await self._run_once()
+            if self._closing:
+                return
+            assert self._process is not None
+            code = self._process.returncode
+            if self.ready is None:
+                self._refuse_start(f"engine {self.index} ended with code {code} while starting; see its log above")
+                return
+            self.restarts += 1
+            log.error("engine_died", engine=self.index, exit_code=code, in_flight=self.in_flight)
+            if was_ready:
+                self._count_deaths()
+                backoff = 1.0
+            else:
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, _MAX_BACKOFF)
+
+    def _refuse_start(self, reason: str) -> None:
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(ConfigurationError(reason))
+
+    async def _run_once(self) -> bool:
+        """Start a process and listen to it until it ends; returns whether it ever was ready."""
+        address = f"ipc://{self._folder}/engine-{self.index}-{self.restarts}.sock"
+        socket = self._context.socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.bind(address)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "loramux_worker.engine.process",
+            address,
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        listener = asyncio.create_task(self._listen(socket))
+        await self._process.wait()
+        await asyncio.wait([listener], timeout=0.2)  # what it said last is still in the socket
+        listener.cancel()
+        await asyncio.wait([listener])
+        was_ready, self._socket = self._socket is not None, None
+        socket.close(linger=0)
+        return was_ready
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self._hear(decode_engine_message(await socket.recv()), socket)
+
+    def _hear(self, message: EngineMessage, socket: zmq.asyncio.Socket) -> None:
+        match message:
+            case Outputs():
+                self._take(message)
+            case Stats():
+                self.stats = message
+            case Failed():
+                generation = self._generations.pop(message.sequence_id, None)
+                if generation is not None:
+                    generation.fail(RequestFailed(ErrorCode(message.code), message.message))
+            case Ready():
+                self._become_ready(message, socket)
+            case Refused():
+                self._refuse_start(message.message)
+                log.error("engine_refused", engine=self.index, reason=message.message)
+
+    def _become_ready(self, message: Ready, socket: zmq.asyncio.Socket) -> None:
+        if message.protocol_version != PROTOCOL_VERSION:
+            raise ConfigurationError(
+                f"engine {self.index} speaks protocol {message.protocol_version}, the front {PROTOCOL_VERSION}: "
+                "install one version of loramux"
+            )
+        self.ready = message
+        self._socket = socket
+        for generation in self._generations.values():
+            self._send(generation.submission())
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+
+    def _take(self, message: Outputs) -> None:
+        timings = {t.sequence_id: t for t in message.timings}
+        for output in message.outputs:
+            generation = self._generations.get(output.sequence_id)
+            if generation is None:  # cancelled while this was on its way
+                continue
+            if output.finish_reason is not None:
+                generation.timing = timings.get(output.sequence_id)
+                del self._generations[output.sequence_id]
+            generation.add(output)
+
+    def _count_deaths(self) -> None:
+        """Give up the sequences that have now been in too many dying engines."""
+        for generation in list(self._generations.values()):
+            generation.engine_deaths += 1
+            if generation.engine_deaths >= _MAX_DEATHS:
+                del self._generations[generation.sequence_id]
+                generation.fail(
+                    RequestFailed(ErrorCode.INTERNAL, f"{_MAX_DEATHS} engines died while working on this request")
+                )

@@ -1,0 +1,262 @@
+"""The front: one asyncio process that wires intake → text → engines → publisher.
+
+intake ─► Answerer (one task a request) ─► delivery
+             │ tokenizer   catalog   pool
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Collection
+
+import structlog
+import uvloop
+
+from loramux_worker.adapters.catalog import AdapterCatalog
+from loramux_worker.adapters.disk import DiskTier
+from loramux_worker.adapters.store import AdapterStore
+from loramux_worker.answer import Answerer
+from loramux_worker.engine.config import EngineConfig
+from loramux_worker.health import HealthServer
+from loramux_worker.kafka.delivery import AtLeastOnce, Delivery
+from loramux_worker.kafka.intake import Intake
+from loramux_worker.kafka.publisher import Publisher, RecordRefused
+from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.kafka.topics import ensure_topics
+from loramux_worker.logs import configure_logs
+from loramux_worker.metrics import Metrics, WorkerCollector
+from loramux_worker.pool import EnginePool
+from loramux_worker.replies import ReplyWriter, Topics
+from loramux_worker.settings import WorkerSettings
+from loramux_worker.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+_TAKE_TIMEOUT = 0.2  # seconds that one look into Kafka waits
+
+
+def serve(settings: WorkerSettings) -> None:
+    """Run a worker until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: something a person must change before the worker can start.
+    """
+    configure_logs(settings.log_format, settings.log_level)
+    uvloop.run(_serve(settings))
+
+
+class Front:
+    """Takes records as far as the look-ahead allows and has each answered by a task of its own."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        answerer: Answerer,
+        replies: ReplyWriter,
+        publisher: Publisher,
+        delivery: Delivery,
+        look_ahead: int,
+    ) -> None:
+        self._intake = intake
+        self._answerer = answerer
+        self._replies = replies
+        self._publisher = publisher
+        self._delivery = delivery
+        self._look_ahead = look_ahead
+        self._tasks: dict[asyncio.Task[None], tuple[int, int]] = {}
+        self._freed = asyncio.Event()
+        self._draining = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were taken and not answered yet."""
+        return len(self._tasks)
+
+    async def take_requests(self) -> None:
+        """Take records and start answering them until `drain`."""
+        while not self._draining:
+            room = self._look_ahead - self.in_flight
+            if room <= 0:
+                self._freed.clear()
+                await self._freed.wait()
+                continue
+            for record in await self._intake.take(room, _TAKE_TIMEOUT):
+                task = asyncio.create_task(self._answer(record))
+                self._tasks[task] = (record.partition, record.epoch)
+                task.add_done_callback(self._finished)
+
+    async def drain(self, timeout: float) -> None:
+        """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka)."""
+        self._draining = True
+        self._freed.set()
+        if self._tasks:
+            log.info("draining", in_flight=self.in_flight, timeout=timeout)
+            await asyncio.wait(self._tasks, timeout=timeout)
+        await self._cancel(list(self._tasks))
+
+    def lose(self, lost: Collection[tuple[int, int]]) -> None:
+        """These (partition, epoch) belong to another worker now: stop working on their requests."""
+        for task, owner in self._tasks.items():
+            if owner in lost:
+                task.cancel()
+
+    async def _answer(self, record: Record) -> None:
+        answers = await self._answerer(record)
+        try:
+            await self._delivery.complete(record, tuple(self._fitting(record, answer) for answer in answers))
+        except RecordRefused as refused:
+            log.warning("answer_refused", topic=refused.record.topic, reason=refused.reason)
+            await self._delivery.complete(record, (self._replies.instead(record, refused.record, str(refused)),))
+
+    def _fitting(self, record: Record, answer: OutgoingRecord) -> OutgoingRecord:
+        if self._publisher.fits(answer):
+            return answer
+        size = len(answer.value or b"")
+        reason = f"the reply has {size} bytes, more than topic {answer.topic} takes"
+        return self._replies.instead(record, answer, reason)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        self._freed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # the record stays undone: it is read again by whoever owns the partition next
+            log.error("answer_lost", error=repr(error))
+
+    async def _cancel(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve(settings: WorkerSettings) -> None:
+    stopping, stopping_now = _on_signals()
+    async with contextlib.AsyncExitStack() as stack:
+        front, health = await _build(settings, stack)
+        taking = asyncio.create_task(front.take_requests())
+        log.info("worker_started", http_port=health.port, group_id=settings.group_id, topic=settings.requests_topic)
+        announcing = asyncio.create_task(_announce_ready(health))
+        await asyncio.wait([taking, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
+        drain = asyncio.create_task(front.drain(settings.drain_timeout))
+        await asyncio.wait([drain, asyncio.create_task(stopping_now.wait())], return_when=asyncio.FIRST_COMPLETED)
+        await taking
+        announcing.cancel()
+    log.info("worker_stopped")
+
+
+async def _announce_ready(health: HealthServer) -> None:
+    while not health.is_ready():  # noqa: ASYNC110 - brokers, engines and the group decide together
+        await asyncio.sleep(0.05)
+    log.info("worker_ready", http_port=health.port)
+
+
+async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> tuple[Front, HealthServer]:
+    """Start every part, the slow ones side by side; `stack` ends them in the opposite order."""
+    connection = settings.connection
+    pool = EnginePool(_engine_configs(settings))
+    stack.push_async_callback(pool.close)
+    engines = asyncio.create_task(pool.start())
+    stack.callback(engines.cancel)
+    metrics = Metrics()
+    tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
+    catalog = _catalog(settings, metrics)
+    stack.push_async_callback(catalog.close)
+    await ensure_topics(
+        connection,
+        _topics_by_flag(settings),
+        create=settings.create_topics,
+        startup_timeout=settings.startup_timeout,
+    )
+    preloaded = await catalog.preload(settings.adapters)
+    await engines
+    for adapter in preloaded:
+        pool.prefetch(adapter)
+    publisher = Publisher(
+        connection,
+        topics=_topics_by_flag(settings).values(),
+        startup_timeout=settings.startup_timeout,
+    )
+    await publisher.start()
+    stack.push_async_callback(publisher.close)
+    topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
+    replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, tokenizer, metrics)
+    answerer = Answerer(
+        topics=topics, tokenizer=tokenizer, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
+    )
+    intake = Intake(
+        connection,
+        topic=settings.requests_topic,
+        group_id=settings.group_id,
+        on_lost=lambda lost: front.lose(lost),
+        startup_timeout=settings.startup_timeout,
+        session_timeout=settings.session_timeout,
+    )
+    front = Front(intake, answerer, replies, publisher, AtLeastOnce(publisher, intake), settings.look_ahead)
+    await intake.start()
+    stack.push_async_callback(intake.close)
+    metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))
+    health = HealthServer(
+        settings.http_host,
+        settings.http_port,
+        metrics.registry,
+        lambda: pool.is_ready and bool(intake.assigned) and intake.trouble is None and publisher.trouble is None,
+    )
+    health.start()
+    stack.callback(health.close)
+    return front, health
+
+
+def _engine_configs(settings: WorkerSettings) -> list[EngineConfig]:
+    """One config an engine; on a machine with several GPUs each has its own."""
+    shared = {
+        name: getattr(settings, name) for name in EngineConfig.__struct_fields__ if name in WorkerSettings.model_fields
+    }
+    devices = _devices(settings)
+    return [EngineConfig(**{**shared, "device": device}) for device in devices]
+
+
+def _devices(settings: WorkerSettings) -> list[str]:
+    import torch
+
+    if settings.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return [settings.device] * (settings.engines or 1)
+    gpus = torch.cuda.device_count()
+    return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]
+
+
+def _catalog(settings: WorkerSettings, metrics: Metrics) -> AdapterCatalog:
+    store = None
+    if settings.adapter_uri is not None:
+        store = AdapterStore(settings.adapter_uri, timeout=settings.adapter_timeout)
+    return AdapterCatalog(
+        store,
+        DiskTier(settings.disk_cache, settings.disk_quota),
+        revision_ttl=settings.revision_ttl,
+        adapter_timeout=settings.adapter_timeout,
+        on_load=metrics.adapter_load.labels("store", "disk").observe,
+    )
+
+
+def _topics_by_flag(settings: WorkerSettings) -> dict[str, str]:
+    return {
+        "--requests-topic": settings.requests_topic,
+        "--replies-topic": settings.replies_topic,
+        "--stream-topic": settings.stream_topic,
+        "--dead-letter-topic": settings.dead_letter_topic,
+    }
+
+
+def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events that the first and the second SIGTERM or SIGINT set."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal(name: str) -> None:
+        log.info("signal", name=name)
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number.name)
+    return first, second

@@ -1,0 +1,171 @@
+"""Prometheus metrics of a worker (DESIGN: prefix `loramux_`, seconds and bytes as units, bounded labels)."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from loramux_schemas import Timing
+from loramux_worker.adapters.catalog import AdapterCatalog
+from loramux_worker.engine.protocol import Stats
+from loramux_worker.kafka.intake import Intake
+from loramux_worker.kafka.publisher import Publisher
+from loramux_worker.pool import EnginePool
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_MAX_ADAPTER_LABELS = 100
+
+
+class Metrics:
+    """What the front counts. `registry` is what `/metrics` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = AdapterLabels(_MAX_ADAPTER_LABELS)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"loramux_{name}", help_text, labels, registry=self.registry)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"loramux_{name}", help_text, registry=self.registry, buckets=buckets)
+
+        self.requests = counter("requests", "Requests answered.", "adapter", "outcome")
+        self.tokens = counter("tokens", "Tokens of answered requests.", "adapter", "kind")
+        self.dead_letters = counter("dead_letters", "Messages that were no request.", "reason")
+        self.time_to_first_token = histogram("time_to_first_token_seconds", "From Kafka's timestamp on.")
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds", "Mean time between two tokens of a request.", _TOKEN_SECONDS
+        )
+        self.adapter_load = Histogram(
+            "loramux_adapter_load_seconds",
+            "Time to bring an adapter from one tier to another.",
+            ("from", "to"),
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        self.stages = {
+            stage: histogram(f"request_{stage}_seconds", f"Time a request spent: {stage}.")
+            for stage in ("queue", "adapter", "prefill", "decode", "total")
+        }
+
+    def answered(self, adapter_id: str | None, prompt_tokens: int, completion_tokens: int, timing: Timing) -> None:
+        """Count a request that was answered with text."""
+        label = self._labels.of(adapter_id)
+        self.requests.labels(label, "ok").inc()
+        self.tokens.labels(label, "prompt").inc(prompt_tokens)
+        self.tokens.labels(label, "generated").inc(completion_tokens)
+        for stage, histogram in self.stages.items():
+            histogram.observe(getattr(timing, f"{stage}_ms") / 1000)
+        self.time_to_first_token.observe((timing.total_ms - timing.decode_ms) / 1000)
+        if completion_tokens > 1:
+            self.inter_token_latency.observe(timing.decode_ms / 1000 / (completion_tokens - 1))
+
+    def failed(self, adapter_id: str | None, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self.requests.labels(self._labels.of(adapter_id), code).inc()
+
+
+class AdapterLabels:
+    """Keeps the label `adapter` bounded: the first adapters have their own, the rest share `other`.
+
+    An adapter that has overtaken the least busy one with a label of its own takes its place.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._named: Tally[str] = Tally()
+        self._others: Tally[str] = Tally()
+
+    def of(self, adapter_id: str | None) -> str:
+        """The label for one more request of an adapter; the base model is `base`."""
+        if adapter_id is None:
+            return "base"
+        if adapter_id in self._named or len(self._named) < self._limit:
+            self._named[adapter_id] += 1
+            return adapter_id
+        self._others[adapter_id] += 1
+        count = self._others[adapter_id]
+        if count % self._limit == 0:  # looking for the least busy one costs a scan: not at every request
+            least, fewest = min(self._named.items(), key=lambda item: item[1])
+            if count > fewest:
+                del self._named[least], self._others[adapter_id]
+                self._named[adapter_id] = count
+                return adapter_id
+        if len(self._others) > 10 * self._limit:
+            self._others = Tally(dict(self._others.most_common(self._limit)))
+        return "other"
+
+
+class WorkerCollector(Collector):
+    """What the worker's parts know of themselves, read when somebody looks."""
+
+    def __init__(self, pool: EnginePool, intake: Intake, catalog: AdapterCatalog, publisher: Publisher) -> None:
+        self._pool = pool
+        self._intake = intake
+        self._catalog = catalog
+        self._publisher = publisher
+
+    def collect(self) -> Iterator[Metric]:
+        """Engines (their sum), tiers, partitions."""
+        stats = self._pool.stats
+        yield from self._engines(stats)
+        yield from self._tiers(stats)
+        by_partition = {
+            "kafka_lag": ("Records of a partition that are not committed yet.", self._intake.lag()),
+            "kafka_uncommitted": ("Answered records above the watermark.", self._intake.uncommitted()),
+        }
+        for name, (help_text, values) in by_partition.items():
+            family = GaugeMetricFamily(f"loramux_{name}", help_text, labels=["partition"])
+            for partition, value in values.items():
+                family.add_metric([str(partition)], value)
+            yield family
+        yield _counter("lost_deltas", "Deltas that could not be sent.", self._publisher.lost_deltas)
+
+    def _engines(self, stats: list[Stats]) -> Iterator[Metric]:
+        used, blocks = _total(stats, "kv_blocks_used"), _total(stats, "kv_blocks")
+        yield _gauge("requests_running", "Sequences in the running batch.", _total(stats, "running"))
+        yield _gauge("requests_waiting", "Sequences that wait in an engine.", _total(stats, "waiting"))
+        yield _gauge("kv_cache_usage_ratio", "Share of the KV blocks in use.", used / blocks if blocks else 0.0)
+        yield _gauge("batch_sequences", "Sequences of the last step.", _total(stats, "batch_sequences"))
+        yield _gauge("batch_adapters", "Distinct adapters of the last step.", _total(stats, "batch_adapters"))
+        yield _counter("preemptions", "Sequences put back for want of KV blocks.", _total(stats, "preemptions_total"))
+        yield _counter("steps", "Steps run.", _total(stats, "steps_total"))
+        yield _counter("step_seconds", "Time spent in steps.", _total(stats, "step_seconds_total"))
+        yield _counter("engine_restarts", "Engine processes that died and were replaced.", self._pool.restarts)
+
+    def _tiers(self, stats: list[Stats]) -> Iterator[Metric]:
+        resident = GaugeMetricFamily("loramux_adapters_resident", "Adapters in a tier.", labels=["tier"])
+        size = GaugeMetricFamily("loramux_adapter_bytes", "Bytes of adapters in a tier.", labels=["tier"])
+        evictions = CounterMetricFamily("loramux_adapter_evictions", "Evictions.", labels=["tier"])
+        lookups = CounterMetricFamily("loramux_adapter_lookups", "Lookups.", labels=["tier", "result"])
+        for tier in ("gpu", "host"):
+            resident.add_metric([tier], _total(stats, f"{tier}_adapters"))
+            size.add_metric([tier], _total(stats, f"{tier}_bytes"))
+            evictions.add_metric([tier], _total(stats, f"{tier}_evictions_total"))
+            lookups.add_metric([tier, "hit"], _total(stats, f"{tier}_hits_total"))
+            lookups.add_metric([tier, "miss"], _total(stats, f"{tier}_misses_total"))
+        disk = self._catalog.disk
+        resident.add_metric(["disk"], len(disk))
+        size.add_metric(["disk"], disk.used_bytes)
+        evictions.add_metric(["disk"], disk.evictions)
+        for (tier, result), count in self._catalog.stats.lookups.items():
+            lookups.add_metric([tier, result], count)
+        yield from (resident, size, evictions, lookups)
+
+
+def _total(stats: list[Stats], field: str) -> float:
+    return float(sum(getattr(s, field) for s in stats))
+
+
+def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"loramux_{name}", help_text, value)
+
+
+def _counter(name: str, help_text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"loramux_{name}", help_text, value)

@@ -1,0 +1,227 @@
+"""Every setting of a worker, once: flags > environment `LORAMUX_*` > a TOML file (`--config`) > defaults."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from loramux_schemas import (
+    DEAD_LETTERS_TOPIC,
+    REPLIES_TOPIC,
+    REQUESTS_TOPIC,
+    STREAM_TOPIC,
+    AdapterName,
+    KafkaConnection,
+)
+from loramux_worker.errors import ConfigurationError
+
+
+def _split(value: Any) -> Any:
+    """A list in a flag or a variable is separated by commas."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: Any) -> Any:
+    """`30s`, `500ms`, `2m`, `1h` or a number of seconds."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("say a duration as 500ms, 30s, 2m or 1h")
+        return float(match[1]) * _UNITS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class WorkerSettings(BaseSettings):
+    """Settings of `loramux worker`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAMUX_",
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_prog_name="loramux worker",
+        cli_exit_on_error=False,
+    )
+
+    model: str = Field(description="base model: a local folder in Hugging Face format, or a hub id")
+    model_name: str | None = Field(
+        None,
+        description="what adapters call the base model, e.g. meta-llama/Llama-3.1-8B: those of another are refused",
+    )
+    adapter_uri: str | None = Field(
+        None,
+        description="where adapters are, e.g. s3://bucket/adapters/{adapter_id}; none: only the base model",
+    )
+    adapters: Names = Field(
+        default_factory=lambda: _split(os.environ.get("LORA_ADAPTERS", "")),
+        validate_default=True,
+        description="adapter ids to load at start, separated by commas (also LORA_ADAPTERS)",
+    )
+
+    bootstrap_servers: str = Field("localhost:9092", description="Kafka brokers, host:port separated by commas")
+    security_protocol: str = Field("PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL")
+    sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+    sasl_username: str | None = Field(None, description="user of PLAIN and SCRAM")
+    sasl_password: SecretStr | None = Field(None, description="password of PLAIN and SCRAM")
+    ssl_cafile: str | None = Field(None, description="PEM file of the authorities that sign the brokers")
+    ssl_certfile: str | None = Field(None, description="PEM file of this client's certificate")
+    ssl_keyfile: str | None = Field(None, description="PEM file of this client's key")
+    group_id: str = Field("loramux", description="consumer group: the workers that share the load")
+    requests_topic: str = Field(REQUESTS_TOPIC, description="where requests are read")
+    replies_topic: str = Field(REPLIES_TOPIC, description="where replies go")
+    stream_topic: str = Field(STREAM_TOPIC, description="where token deltas go")
+    dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
+    create_topics: bool = Field(False, description="create topics that are missing")
+    reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")
+    delivery: Literal["at_least_once"] = Field("at_least_once", description="a reply may come twice, never not at all")
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: str = Field(
+        "auto", pattern="^(auto|float32|float16|bfloat16)$", description="auto, float32, float16, bfloat16"
+    )
+    engines: PositiveInt | None = Field(None, description="engine processes; default one per GPU, 1 on a CPU")
+    kv_cache_memory: ByteSize | None = Field(None, description="KV cache of each engine, bytes or 4GiB")
+    adapter_memory: ByteSize | None = Field(None, description="adapters on the device, each engine, bytes or 4GiB")
+    host_memory: ByteSize | None = Field(None, description="adapters in host memory, each engine, bytes or 4GiB")
+    disk_cache: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loramux",
+        description="folder of the adapters' disk tier",
+    )
+    disk_quota: ByteSize = Field(ByteSize(20 << 30), description="bytes that the disk tier may take")
+    block_size: PositiveInt = Field(16, description="tokens of a KV block")
+    max_model_len: PositiveInt | None = Field(None, description="longest prompt + reply in tokens; from the model")
+    max_batched_tokens: PositiveInt = Field(2048, description="tokens of one step; longer prompts go in chunks")
+    max_batch_sequences: PositiveInt = Field(256, description="sequences of one step")
+    max_batch_ranks: PositiveInt = Field(4096, description="sum of the distinct adapters' ranks of one step")
+    max_lora_rank: PositiveInt = Field(256, description="largest rank that is accepted")
+    look_ahead: PositiveInt = Field(1024, description="requests taken from Kafka and not yet answered")
+
+    http_host: str = Field("127.0.0.1", description="address of /metrics, /healthz and /readyz")
+    http_port: int = Field(9400, ge=0, le=65535, description="their port; 0 picks a free one and logs it")
+    drain_timeout: Seconds = Field(30.0, description="after SIGTERM, how long running requests may take to finish")
+    session_timeout: Seconds = Field(45.0, description="silence after which the group gives a worker's work to others")
+    startup_timeout: Seconds = Field(30.0, description="how long to wait for a broker at the start")
+    revision_ttl: Seconds = Field(60.0, description="how soon a new revision of an adapter is looked for")
+    adapter_timeout: Seconds = Field(30.0, description="how long an adapter may take to arrive")
+    log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
+    config: Path | None = Field(None, description="TOML file with any of these settings")
+
+    @field_validator("model")
+    @classmethod
+    def _check_folder(cls, model: str) -> str:
+        if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+            raise ValueError("there is no such folder")
+        return model
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            AdapterName.parse(name)
+        return names
+
+    @property
+    def connection(self) -> KafkaConnection:
+        """How to reach the brokers."""
+        said = {name: getattr(self, name) for name in KafkaConnection.model_fields}
+        return KafkaConnection(**{name: value for name, value in said.items() if value is not None})
+
+
+def load_settings(arguments: list[str]) -> WorkerSettings:
+    """Settings from the command line, the environment and the file that `--config` or LORAMUX_CONFIG names.
+
+    Raises:
+        ConfigurationError: one line that names the setting.
+        SystemExit: after `--help`.
+    """
+    file = _config_file(arguments)
+
+    class Sourced(WorkerSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            flags = CliSettingsSource[Any](WorkerSettings, cli_parse_args=arguments)
+            toml = () if file is None else (TomlConfigSettingsSource(settings_cls, file),)
+            return (flags, env_settings, *toml)
+
+    try:
+        settings = Sourced()
+        settings.connection.client_options()  # what contradicts itself is told now, not when a broker is asked
+        return settings
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+    except SettingsError as error:
+        raise ConfigurationError(" ".join(str(error).split())) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"--config {file}: {error}") from None
+    except ValueError as error:
+        raise ConfigurationError(" ".join(str(error).split())) from None
+
+
+def _config_file(arguments: list[str]) -> Path | None:
+    named = os.environ.get("LORAMUX_CONFIG")
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            named = arguments[i + 1]
+        elif argument.startswith("--config="):
+            named = argument.partition("=")[2]
+    if named is None:
+        return None
+    if not Path(named).is_file():
+        raise ConfigurationError(f"--config {named}: there is no such file")
+    return Path(named)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
+    if first["type"] == "missing":
+        return f"{name} is required (or LORAMUX_{name[2:].replace('-', '_').upper()})"
+    if first["type"] == "extra_forbidden":
+        return f"{name}: there is no such setting; see loramux worker --help"
+    reason = first["msg"].removeprefix("Value error, ")
+    shown = "" if "password" in name or isinstance(first["input"], dict) else f" {first['input']!r}"
+    return f"{name}{shown}: {reason}"
