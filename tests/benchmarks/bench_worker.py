@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder:
         say("making the model and its adapters")
         model, adapters = make_model(Path(folder), options.adapters)
+        parameters = (model / "model.safetensors").stat().st_size // 4
         jobs = [(prompt_of(i), f"tenant/{i % options.adapters}") for i in range(options.requests)]
         ours = measure_loramux(model, adapters, jobs, options.new_tokens)
         reference = load_peft(model, adapters, options.adapters)
@@ -64,7 +66,7 @@ def main() -> None:
     settings = vars(options) | {
         "prompt_tokens": PROMPT_TOKENS,
         "dtype": "float32",
-        "parameters": reference_size(model),
+        "parameters": parameters,
     }
     print(json.dumps({"benchmark": "worker", "machine": describe_machine(), "settings": settings, "figures": figures}))
 
@@ -200,15 +202,8 @@ def greedy(new_tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
 
-def reference_size(model: Path) -> int:
-    """Bytes of float32 weights over 4."""
-    return (model / "model.safetensors").stat().st_size // 4 if model.exists() else 0
-
-
 def cpu_seconds(pid: int) -> float:
     """Processor time of one process, without its children."""
-    import os
-
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
