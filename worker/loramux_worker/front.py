@@ -133,17 +133,24 @@ class Front:
 
 
 async def _serve(settings: WorkerSettings) -> None:
-    stopping, stopping_now = _on_signals()
+    stopping, stopping_now = (asyncio.create_task(event.wait()) for event in _on_signals())
     async with contextlib.AsyncExitStack() as stack:
-        front, health = await _build(settings, stack)
-        taking = asyncio.create_task(front.take_requests())
+        building = asyncio.create_task(_build(settings, stack))
+        await asyncio.wait([building, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not building.done():
+            building.cancel()
+            await asyncio.wait([building])
+            log.info("worker_stopped", reason="a signal came before it was ready")
+            return
+        front, health = building.result()
         log.info("worker_started", http_port=health.port, group_id=settings.group_id, topic=settings.requests_topic)
+        taking = asyncio.create_task(front.take_requests())
         announcing = asyncio.create_task(_announce_ready(health))
-        await asyncio.wait([taking, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([taking, stopping], return_when=asyncio.FIRST_COMPLETED)
         drain = asyncio.create_task(front.drain(settings.drain_timeout))
-        await asyncio.wait([drain, asyncio.create_task(stopping_now.wait())], return_when=asyncio.FIRST_COMPLETED)
-        await taking
+        await asyncio.wait([drain, stopping_now], return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
+        await taking
     log.info("worker_stopped")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from loramux_worker.errors import ConfigurationError
 
@@ -19,7 +20,7 @@ class HealthServer:
         self._metrics = make_wsgi_app(registry)
         self.is_ready = is_ready
         try:
-            self._server: WSGIServer = make_server(host, port, self._app, handler_class=_QuietHandler)
+            self._server: WSGIServer = make_server(host, port, self._app, ThreadingWSGIServer, _QuietHandler)
         except OSError as error:
             raise ConfigurationError(f"--http-port {port}: cannot listen on {host}: {error.strerror}") from None
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)

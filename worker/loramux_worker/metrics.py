@@ -154,7 +154,7 @@ class WorkerCollector(Collector):
         resident.add_metric(["disk"], len(disk))
         size.add_metric(["disk"], disk.used_bytes)
         evictions.add_metric(["disk"], disk.evictions)
-        for (tier, result), count in self._catalog.stats.lookups.items():
+        for (tier, result), count in list(self._catalog.stats.lookups.items()):
             lookups.add_metric([tier, result], count)
         yield from (resident, size, evictions, lookups)
 

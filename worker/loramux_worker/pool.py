@@ -39,9 +39,7 @@ class EnginePool:
         Raises:
             ConfigurationError: an engine refused its settings or ended while starting.
         """
-        async with asyncio.TaskGroup() as starting:
-            for engine in self._engines:
-                starting.create_task(engine.start())
+        await asyncio.gather(*(engine.start() for engine in self._engines))
 
     async def close(self) -> None:
         """End every engine; generations that are not done fail."""
