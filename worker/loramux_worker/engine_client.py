@@ -68,6 +68,7 @@ class EngineClient:
         """
         self._started = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep_running(), name=f"engine-{self.index}")
+        self._keeper.add_done_callback(self._keeper_ended)
         await self._started
 
     @property
@@ -136,6 +137,15 @@ class EngineClient:
             else:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, _MAX_BACKOFF)
+
+    def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
+        """Nobody waits for the keeper: what it dies of must not go unheard."""
+        if keeper.cancelled() or (error := keeper.exception()) is None:
+            return
+        self._socket = None
+        log.critical("engine_unkept", engine=self.index, exc_info=error)
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
 
     def _refuse_start(self, reason: str) -> None:
         if self._started is not None and not self._started.done():

@@ -221,8 +221,9 @@ def _engine_configs(settings: WorkerSettings) -> list[EngineConfig]:
     shared = {
         name: getattr(settings, name) for name in EngineConfig.__struct_fields__ if name in WorkerSettings.model_fields
     }
-    devices = _devices(settings)
-    return [EngineConfig(**{**shared, "device": device}) for device in devices]
+    for name in ("kv_cache_memory", "adapter_memory", "host_memory"):
+        shared[name] = None if shared[name] is None else int(shared[name])  # the wire knows no ByteSize
+    return [EngineConfig(**{**shared, "device": device}) for device in _devices(settings)]
 
 
 def _devices(settings: WorkerSettings) -> list[str]:
