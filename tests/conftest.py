@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from typing import NoReturn
@@ -19,6 +20,10 @@ import pytest
 # The models of the tests are tiny: threads that wait for one another at every op cost more than they bring, most of
 # all on a busy machine. Workers that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A run in the background of a shell ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from services.install import ServiceMissing, kafka_libs, versitygw
 from services.kafka import KafkaCluster
