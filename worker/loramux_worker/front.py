@@ -163,20 +163,17 @@ async def _announce_ready(health: HealthServer) -> None:
 async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> tuple[Front, HealthServer]:
     """Start every part, the slow ones side by side; `stack` ends them in the opposite order."""
     connection = settings.connection
+    metrics = Metrics()
+    catalog = _catalog(settings, metrics)
+    stack.push_async_callback(catalog.close)
+    await ensure_topics(
+        connection, _topics_by_flag(settings), create=settings.create_topics, startup_timeout=settings.startup_timeout
+    )
     pool = EnginePool(_engine_configs(settings))
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
-    metrics = Metrics()
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
-    catalog = _catalog(settings, metrics)
-    stack.push_async_callback(catalog.close)
-    await ensure_topics(
-        connection,
-        _topics_by_flag(settings),
-        create=settings.create_topics,
-        startup_timeout=settings.startup_timeout,
-    )
     preloaded = await catalog.preload(settings.adapters)
     await engines
     for adapter in preloaded:
@@ -227,9 +224,11 @@ def _engine_configs(settings: WorkerSettings) -> list[EngineConfig]:
 
 
 def _devices(settings: WorkerSettings) -> list[str]:
-    import torch
+    if settings.device not in ("auto", "cuda"):
+        return [settings.device] * (settings.engines or 1)
+    import torch  # takes seconds: not before what can be told at once
 
-    if settings.device not in ("auto", "cuda") or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return [settings.device] * (settings.engines or 1)
     gpus = torch.cuda.device_count()
     return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]

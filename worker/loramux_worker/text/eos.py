@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from loramux_worker.errors import ConfigurationError
 
 
@@ -29,6 +27,8 @@ def eos_token_ids(model: str, tokenizer_eos_token_id: int | None) -> tuple[int, 
 
 
 def _read(model: str, name: str) -> dict[str, Any]:
+    from transformers.utils import cached_file  # takes seconds, torch comes with it
+
     path = cached_file(
         model,
         name,

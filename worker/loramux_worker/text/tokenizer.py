@@ -8,8 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
 from loramux_schemas.errors import printable
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.text.chat import ChatTemplate
@@ -43,6 +41,8 @@ class Tokenizer:
         """Load the tokenizer of a model folder (or hub id). Raises `ConfigurationError` if it has no fast one."""
         if folder.startswith(("/", ".", "~")) and not Path(folder).is_dir():  # no hub id looks like this
             raise ConfigurationError(f"--model: no such folder: {folder}")
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, torch comes with it
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         except Exception as error:  # whatever is wrong with the files, it is for a person to mend
