@@ -43,8 +43,8 @@ async def read(store: AdapterStore, adapter_id: str, folder: Path) -> dict[str, 
     ],
 )
 async def test_template_leads_to_the_adapter(tmp_path: Path, template: str, place: str) -> None:
-    put(tmp_path / "root" / place, FILES | {"README.md": b"", "optimizer.pt": b"never read"})
-    store = AdapterStore(f"file://{tmp_path}/root/{template}")
+    put(tmp_path / "base" / place, FILES | {"README.md": b"", "optimizer.pt": b"never read"})
+    store = AdapterStore(f"file://{tmp_path}/base/{template}")
     assert await read(store, "acme/support", tmp_path) == FILES
 
 
