@@ -21,6 +21,10 @@ import pytest
 # all on a busy machine. Workers that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton reads it when it is imported, and transformers imports it: without a GPU the kernels run in its interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A run in the background of a shell ignores Ctrl-C, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,18 +1,26 @@
 """LoRA of a batch whose rows belong to different adapters.
 
-    out[i] += (x[i] · Aᵀ) · Bᵀ      with the A and B of the adapter of row i
+    out[i] += (x[i] · Aᵀ) · B      with the A and B of the adapter of row i
 
 Rows of one adapter lie next to each other, so an adapter is a run of rows, and each run costs its own true rank.
-B is stored transposed and already carries the adapter's scaling (α/r). Hu et al., "LoRA", ICLR 2022, section 4.1;
-batching rows by adapter: Chen et al., "Punica", MLSys 2024.
+B is stored transposed, [rank, out_features], and already carries the adapter's scaling (α/r). Hu et al., "LoRA", ICLR
+2022, section 4.1; batching rows by adapter: Chen et al., "Punica", MLSys 2024.
+
+On a GPU the product is two launches, shrink and expand, that find each row's tiles through tables of offsets into the
+pool: so one CUDA graph serves every mix of adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+RANK_PAGE = 16
+"""Ranks that the kernels work on at a time; what is beyond an adapter's rank is not read."""
 
 
 class LoraTile(NamedTuple):
@@ -25,7 +33,7 @@ class LoraTile(NamedTuple):
 
 
 def lora_add_(out: Tensor, x: Tensor, tiles: Sequence[LoraTile]) -> Tensor:
-    """Add each run's low-rank product to `out` in place.
+    """Add each run's low-rank product to `out` in place: the reference, and what runs on a CPU.
 
     Args:
         out: [rows, out_features], the base layer's output.
@@ -35,3 +43,88 @@ def lora_add_(out: Tensor, x: Tensor, tiles: Sequence[LoraTile]) -> Tensor:
     for start, end, a, b in tiles:
         out[start:end].addmm_(x[start:end].mm(a.t()), b)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """Every resident adapter: a pool of elements, and where in it each slot's tiles are.
+
+    `elements` [n] in the served dtype; `a_offsets` and `b_offsets` int64 [slots, targets], multiples of 8 elements;
+    `ranks` int32 [slots, targets], 0 where the slot's adapter does not touch the target.
+    """
+
+    elements: Tensor
+    a_offsets: Tensor
+    b_offsets: Tensor
+    ranks: Tensor
+    max_rank: int  # no adapter has a larger one
+
+    @property
+    def num_targets(self) -> int:
+        """Modules that an adapter may touch."""
+        return self.ranks.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Which adapter each row of a batch has.
+
+    `slots` int32 [rows], -1 for none. `segments` int32 [3, n]: first row, last row (exclusive) and slot of runs of at
+    most `most_in_segment` rows that together cover all rows; unused ones at the end are empty. None: the kernels work
+    row by row, which is better where few rows share an adapter.
+    """
+
+    slots: Tensor
+    segments: Tensor | None = None
+    most_in_segment: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSite:
+    """Sibling projections that share an input: targets `target`, `target + 1`, … with outputs side by side."""
+
+    target: int
+    widths: tuple[int, ...]  # out_features of each, three at most
+
+
+def piece_length(in_features: int, most_in_segment: int) -> int:
+    """How many inputs one program of the shrink sums over: a power of two.
+
+    Short pieces fill the GPU where a step is bound by the bytes of A; in a long prefill there are rows enough, and
+    each further piece is one more partial sum that every program of the expand reads.
+    """
+    shortest, most_pieces = (512, 16) if most_in_segment <= 16 else (2048, 8)
+    length = shortest
+    while length * most_pieces < in_features:
+        length *= 2
+    return length
+
+
+def lora_delta(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite) -> Tensor:
+    """What the adapters add to the outputs of a site, as a tensor of its own.
+
+    Args:
+        x: [rows, in_features], contiguous.
+
+    Returns:
+        [rows, sum of the site's widths] in the dtype of `x`; zeros in rows without an adapter.
+    """
+    out = x.new_empty(x.shape[0], sum(site.widths))
+    _launch(x, weights, rows, site, out, add=False)
+    return out
+
+
+def lora_delta_add_(out: Tensor, x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite) -> Tensor:
+    """Add the adapters' outputs of a site to `out` [rows, sum of the site's widths], contiguous, in place."""
+    _launch(x, weights, rows, site, out, add=True)
+    return out
+
+
+def _launch(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, out: Tensor, *, add: bool) -> None:
+    from loramux_kernels import lora_triton
+
+    pieces = -(-x.shape[1] // piece_length(x.shape[1], rows.most_in_segment))
+    shape = (pieces, len(site.widths), x.shape[0], -(-weights.max_rank // RANK_PAGE) * RANK_PAGE)
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    lora_triton.shrink(x, weights, rows, site, partials)
+    lora_triton.expand(partials, weights, rows, site, out, add=add)

@@ -10,28 +10,31 @@ Kwon et al., "Efficient Memory Management for Large Language Model Serving with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from loramux_kernels.backend import runs_triton
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Which tokens of a packed batch belong to which sequence, and where their keys and values lie.
 
-    A sequence's tokens are consecutive rows; its query tokens are the last ones of its context.
+    A sequence's tokens are consecutive rows; its query tokens are the last ones of its context. Tensors only, so that
+    a CUDA graph can be replayed over them. For graphs a batch may be padded: sequences without a token at the end
+    (their context and table are not looked at), and after them rows of no sequence, whose slot is a spare one and
+    whose output means nothing.
     """
 
-    query_lens: tuple[int, ...]  # tokens of each sequence in this step
-    context_lens: tuple[int, ...]  # its tokens up to and with this step
-    block_tables: Tensor  # int64 [sequences, most blocks], padded with any valid block
-    slot_mapping: Tensor  # int64 [tokens]
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the packed batch."""
-        return sum(self.query_lens)
+    query_starts: Tensor  # int32 [sequences + 1], the row of each sequence's first token; then the end of the last one
+    context_lens: Tensor  # int32 [sequences], tokens up to and with this step
+    block_tables: Tensor  # int32 [any rows, most blocks], padded with any valid block
+    table_rows: Tensor  # int32 [sequences], the row of block_tables of each sequence
+    slot_mapping: Tensor  # int32 [tokens]
+    most_query_tokens: int  # no sequence has more tokens in this step; 1: a pure decode step
 
 
 def paged_attention(
@@ -43,44 +46,61 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of every token over its own sequence's cached keys and values.
 
     Args:
-        query: [tokens, heads, head_dim], positions already applied.
+        query: [tokens, heads, head_dim], positions already applied; any strides, the last dimension contiguous.
         key_cache, value_cache: [blocks, kv_heads, block_size, head_dim], this step's tokens already stored.
         batch: the ragged layout of `query`.
         scale: factor on the scores.
         sliding_window: how many positions back a token sees, its own included.
         softcap: bound of the scores before the mask.
+        out: where the result goes, like the result.
 
     Returns:
         [tokens, heads, head_dim] in the dtype of `query`.
     """
-    out = torch.empty_like(query)
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "out": out}
+    if runs_triton(query):
+        from loramux_kernels import paged_attention_triton
+
+        return paged_attention_triton.paged_attention(query, key_cache, value_cache, batch, **options)
+    return reference_paged_attention(query, key_cache, value_cache, batch, **options)
+
+
+def reference_paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` in torch: it defines the result. Rows of no sequence are 0."""
+    tables = batch.block_tables[batch.table_rows]
+    starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
+    out = torch.empty_like(query) if out is None else out
+    out[starts[-1] :] = 0
     decodes: list[int] = []  # sequences with one query token share one padded call
-    rows: list[int] = []
-    start = 0
-    for i, (length, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        if length == 1:
+    for i, (start, end, context) in enumerate(zip(starts, starts[1:], contexts, strict=False)):
+        if end - start == 1:
             decodes.append(i)
-            rows.append(start)
-        else:
-            end = start + length
-            keys, values = _gather(key_cache, value_cache, batch.block_tables[i : i + 1], context)
-            mask = _mask([context - length], length, context, sliding_window, query.device)
+        elif end > start:
+            keys, values = _gather(key_cache, value_cache, tables[i : i + 1], context)
+            mask = _mask([context - (end - start)], end - start, context, sliding_window, query.device)
             out[start:end] = _attend(query[start:end][None], keys, values, mask, scale, softcap)[0]
-        start += length
     if decodes:
-        contexts = [batch.context_lens[i] for i in decodes]
-        tables = batch.block_tables if len(decodes) == len(batch.query_lens) else batch.block_tables[decodes]
+        rows = [starts[i] for i in decodes]
+        contexts = [contexts[i] for i in decodes]
+        tables = tables if len(decodes) == len(tables) else tables[decodes]
         keys, values = _gather(key_cache, value_cache, tables, max(contexts))
         mask = _mask([c - 1 for c in contexts], 1, max(contexts), sliding_window, query.device)
-        one_each = query if len(rows) == query.shape[0] else query[rows]
-        attended = _attend(one_each[:, None], keys, values, mask, scale, softcap)[:, 0]
-        if one_each is query:
-            return attended
-        out[rows] = attended
+        out[rows] = _attend(query[rows][:, None], keys, values, mask, scale, softcap)[:, 0]
     return out
 
 

@@ -1,4 +1,4 @@
-"""Sampling ops against Hugging Face's logits processors, and the draw against its distribution."""
+"""Sampling ops against Hugging Face's logits processors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramux_kernels import apply_filters, apply_penalties, counter_uniform, sample
+from loramux_kernels import apply_penalties, counter_uniform, greedy, top_tokens
+from loramux_kernels.draw import apply_filters, token_weights
 
 VOCAB = 50
 
@@ -44,20 +45,50 @@ def test_filters_keep_what_hugging_face_keeps(top_k, top_p, min_p):
     if min_p:
         expected = MinPLogitsWarper(min_p)(ids, expected)
     rows = 20
-    probabilities, token_ids = apply_filters(
-        logits, column([top_k] * rows, torch.int64), column([top_p] * rows), column([min_p] * rows)
+    ordered, token_ids = logits.sort(dim=-1, descending=True)
+    weights = apply_filters(
+        token_weights(ordered, column([1.0] * rows, torch.float64)),
+        column([top_k] * rows, torch.int64),
+        column([top_p] * rows, torch.float64),
+        column([min_p] * rows, torch.float64),
     )
-    dense = torch.zeros(rows, VOCAB).scatter(1, token_ids, probabilities)
+    dense = torch.zeros(rows, VOCAB).scatter(1, token_ids, weights.float())
     dense = dense / dense.sum(-1, keepdim=True)
     torch.testing.assert_close(dense, expected.softmax(-1), atol=1e-6, rtol=1e-4)
 
 
 def test_each_row_has_its_own_filters():
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 3)
-    probabilities, _ = apply_filters(
-        logits, column([2, 0, 0], torch.int64), column([1.0, 0.5, 1.0]), column([0.0, 0.0, 0.0])
+    weights = token_weights(torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 3), column([1.0] * 3, torch.float64))
+    kept = apply_filters(
+        weights,
+        column([2, 0, 0], torch.int64),
+        column([1.0, 0.5, 1.0], torch.float64),
+        column([0.0, 0.0, 0.0], torch.float64),
     )
-    assert (probabilities > 0).sum(-1).tolist() == [2, 1, 4]
+    assert (kept > 0).sum(-1).tolist() == [2, 1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_greedy_takes_the_lowest_of_equals(dtype):
+    g = torch.Generator().manual_seed(4)
+    logits = torch.randint(-3, 3, (50, 1000), generator=g).to(dtype)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert greedy(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_top_tokens_are_those_of_a_stable_sort(count):
+    g = torch.Generator().manual_seed(5)
+    logits = torch.cat(
+        [
+            torch.randint(-2, 3, (20, 40), generator=g) * 0.5,  # equals everywhere, and zeros of both signs
+            torch.randn(20, 40, generator=g) * 1e30,
+            torch.randn(20, 40, generator=g).masked_fill(torch.rand(20, 40, generator=g) < 0.5, float("-inf")),
+        ]
+    )
+    logits[:10] = logits[:10] * -1.0
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(top_tokens(logits, count), expected)
 
 
 def test_repetition_penalty_is_hugging_faces():
@@ -75,24 +106,6 @@ def test_presence_and_frequency_penalties_count_generated_tokens():
     counts = torch.tensor([[0, 1, 3, 0]], dtype=torch.int32)
     out = apply_penalties(logits, counts > 0, counts, column([1.0]), column([0.5]), column([0.25]))
     torch.testing.assert_close(out, torch.tensor([[0.0, -0.75, -1.25, 0.0]]))
-
-
-def test_draws_follow_the_distribution():
-    weights = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0])
-    n = 20_000
-    uniform = counter_uniform(torch.full((n,), 7), torch.arange(n))
-    ids = torch.tensor([[3, 1, 0, 2, 4]]).expand(n, -1)
-    drawn = sample(weights.expand(n, -1), ids, uniform)
-    shares = torch.bincount(drawn, minlength=5) / n
-    torch.testing.assert_close(shares, torch.tensor([0.125, 0.25, 0.125, 0.5, 0.0]), atol=0.012, rtol=0)
-    assert shares[4] == 0
-
-
-@pytest.mark.parametrize("edge", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_interval_draw_allowed_tokens(edge):
-    probabilities = torch.tensor([[0.6, 0.3, 0.0, 0.0]])
-    token = sample(probabilities, torch.tensor([[2, 0, 1, 3]]), torch.tensor([edge], dtype=torch.float64))
-    assert token.item() in (2, 0)
 
 
 def test_uniform_depends_on_its_pair_alone():
