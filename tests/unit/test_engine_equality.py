@@ -2,66 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import time
 from pathlib import Path
 
 import pytest
 
-from loramux_worker.engine.build import EngineParts, build_engine
-from loramux_worker.engine.config import EngineConfig
-from loramux_worker.engine.protocol import AdapterReference, Failed, Outputs, SamplingParameters, Submit
+from loramux_worker.engine.protocol import AdapterReference, SamplingParameters, Submit
 from tiny_models import CONFIGS, TinyModel, kv_cache_bytes, make_model
-
-EOS = 257
-
-
-class Recorder:
-    """An engine in this process, and what it said about each sequence."""
-
-    def __init__(self, model: TinyModel, device: str, **config: object) -> None:
-        self.tokens: dict[int, list[int]] = {}
-        self.finish_reasons: dict[int, str] = {}
-        self.failures: dict[int, Failed] = {}
-        self.parts: EngineParts = build_engine(
-            EngineConfig(model=str(model.path), device=device, dtype="float32", **config), self._hear
-        )
-
-    def _hear(self, message: object) -> None:
-        if isinstance(message, Outputs):
-            for output in message.outputs:
-                self.tokens.setdefault(output.sequence_id, []).append(output.token_id)
-                if output.finish_reason is not None:
-                    self.finish_reasons[output.sequence_id] = output.finish_reason
-        elif isinstance(message, Failed):
-            self.failures[message.sequence_id] = message
-
-    def run(self, submissions: list[Submit], seconds: float = 300.0) -> None:
-        """Submit in batches while stepping, until every sequence has ended."""
-        engine = self.parts.engine
-        waiting = list(submissions)
-        until = time.monotonic() + seconds
-        while waiting or engine.has_work:
-            for submission in waiting[:3]:
-                engine.handle(submission)
-            waiting = waiting[3:]
-            engine.step()
-            self.parts.scheduler.check_integrity()
-            assert time.monotonic() < until, "the engine does not end"
-        self.parts.adapters.pool.check_integrity()
-
-
-def submissions_for(model: TinyModel, *, count: int, most_prompt: int, new_tokens: int, seed: int) -> list[Submit]:
-    rng = random.Random(seed)
-    references = [AdapterReference(a, "sha256:0", str(model.adapters / a)) for a in model.adapter_ids]
-    submissions = []
-    for i in range(count):
-        length = (1, most_prompt)[i] if i < 2 else rng.randint(1, most_prompt)
-        prompt = [rng.randrange(256) for _ in range(length)]
-        adapter = None if i % 5 == 4 else references[i % len(references)]
-        sampling = SamplingParameters(new_tokens, eos_token_ids=(EOS,))
-        submissions.append(Submit(i, prompt, sampling, adapter))
-    return submissions
+from unit.engine_support import Recorder, submissions_for
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -74,10 +21,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_tokens_equal_peft(model: TinyModel, device: str) -> None:
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_tokens_equal_peft(model: TinyModel, device: str, pipeline_depth: int) -> None:
     submissions = submissions_for(model, count=16, most_prompt=200, new_tokens=40, seed=1)
     kv_cache = kv_cache_bytes(model.path, num_blocks=40, block_size=8)
-    recorder = Recorder(model, device, max_batched_tokens=48, max_model_len=256, block_size=8, kv_cache_memory=kv_cache)
+    recorder = Recorder(
+        model,
+        device,
+        pipeline_depth=pipeline_depth,
+        max_batched_tokens=48,
+        max_model_len=256,
+        block_size=8,
+        kv_cache_memory=kv_cache,
+        adapter_memory=1 << 22,
+    )
     recorder.run(submissions)
     assert recorder.parts.engine.preemptions_total > 0, "the pool is small enough to force preemption"
     reference = model.reference()

@@ -130,6 +130,9 @@ class WorkerSettings(BaseSettings):
     max_batch_sequences: PositiveInt = Field(256, description="sequences of one step")
     max_batch_ranks: PositiveInt = Field(4096, description="sum of the distinct adapters' ranks of one step")
     max_lora_rank: PositiveInt = Field(256, description="largest rank that is accepted")
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, run small steps as CUDA graphs; off starts sooner, runs slower"
+    )
     look_ahead: PositiveInt = Field(1024, description="requests taken from Kafka and not yet answered")
 
     http_host: str = Field("127.0.0.1", description="address of /metrics, /healthz and /readyz")

@@ -29,6 +29,7 @@ class EngineParts:
     """The engine, and the parts whose figures are reported."""
 
     engine: Engine
+    runner: Runner
     scheduler: Scheduler
     blocks: BlockPool
     adapters: AdapterResidency
@@ -60,14 +61,36 @@ class EngineParts:
         )
 
 
-def build_engine(config: EngineConfig, emit: Callable[[EngineMessage], None]) -> EngineParts:
-    """Load the model, check it, divide the memory; `emit` takes what the front is to hear.
+def build_engine(
+    config: EngineConfig, emit: Callable[[EngineMessage], None], *, pipeline_depth: int | None = None
+) -> EngineParts:
+    """Load the model, check it, and put an engine together around it, see `assemble`.
 
     Raises:
         ConfigurationError: these settings, or this model, cannot be served.
     """
     model = load_model(config.model, config.device, config.dtype)
     check_model(model)
+    return assemble(config, model, emit, pipeline_depth=pipeline_depth)
+
+
+def assemble(
+    config: EngineConfig,
+    model: ServedModel,
+    emit: Callable[[EngineMessage], None],
+    *,
+    pipeline_depth: int | None = None,
+) -> EngineParts:
+    """Divide the memory and make the parts; `emit` takes what the front is to hear.
+
+    `pipeline_depth`, see `Engine`, follows from the device unless a test wants another.
+
+    Raises:
+        ConfigurationError: these settings cannot be served.
+    """
+    on_gpu = model.device.type == "cuda"
+    if on_gpu and config.block_size & (config.block_size - 1):
+        raise ConfigurationError(f"--block-size {config.block_size}: on a GPU it is a power of two, such as 16")
     max_model_len = _context_length(config, model)
     memory = plan_memory(config, model, max_model_len)
     blocks = BlockPool(memory.num_blocks, config.block_size)
@@ -87,7 +110,7 @@ def build_engine(config: EngineConfig, emit: Callable[[EngineMessage], None]) ->
             base_model_name=config.model_name or model.name,
             base_weights=BaseWeights.of_model(model.module),
         ),
-        pin=model.device.type == "cuda",
+        pin=on_gpu,
     )
     adapters = AdapterResidency(host, pool)
     limits = SchedulerConfig(
@@ -97,8 +120,11 @@ def build_engine(config: EngineConfig, emit: Callable[[EngineMessage], None]) ->
         max_batch_ranks=config.max_batch_ranks,
     )
     scheduler = Scheduler(limits, blocks, adapters)
-    runner = Runner(model, adapters, memory.num_blocks, config.block_size)
-    engine = Engine(scheduler, runner, adapters, max_model_len, emit)
+    runner = Runner(model, adapters, memory.num_blocks, config.block_size, limits, config.max_lora_rank)
+    if on_gpu and config.cuda_graphs:
+        runner.capture_graphs()
+    depth = int(on_gpu) if pipeline_depth is None else pipeline_depth
+    engine = Engine(scheduler, runner, adapters, max_model_len, emit, pipeline_depth=depth)
     ready = Ready(
         protocol_version=PROTOCOL_VERSION,
         max_model_len=max_model_len,
@@ -108,7 +134,7 @@ def build_engine(config: EngineConfig, emit: Callable[[EngineMessage], None]) ->
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    return EngineParts(engine, scheduler, blocks, adapters, ready)
+    return EngineParts(engine, runner, scheduler, blocks, adapters, ready)
 
 
 def _context_length(config: EngineConfig, model: ServedModel) -> int:

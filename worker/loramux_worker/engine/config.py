@@ -21,5 +21,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     kv_cache_memory: int | None = None
     adapter_memory: int | None = None
     host_memory: int | None = None
+    cuda_graphs: bool = True
     log_format: str = "text"
     log_level: str = "info"

@@ -1,119 +1,185 @@
-"""One step on the device: chunks of sequences in, sampled tokens out."""
+"""One step on the device: chunks of sequences in, tokens out that are still to be sampled when the call returns."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loramux_kernels import AttentionBatch
+from loramux_kernels import LoraWeights
+from loramux_kernels.pending_tokens import pending_tokens
 from loramux_worker.adapters.residency import AdapterResidency
-from loramux_worker.engine.sampler import SampledToken, Sampler
+from loramux_worker.engine.block_tables import BlockTables
+from loramux_worker.engine.graphs import ROWS_IN_SEGMENT, GraphKey, StepGraphs, prefers_segments
+from loramux_worker.engine.in_flight import InFlightStep
+from loramux_worker.engine.inputs import InputBuffers, StepInputs, StepShape
+from loramux_worker.engine.pending_sample import PendingSample
+from loramux_worker.engine.sampler import Sampler
 from loramux_worker.engine.sequence import Sequence
-from loramux_worker.model.context import LoraPlan
+from loramux_worker.engine.step_plan import NO_ADAPTER, SlotRun, StepPlan, cut, fill
+from loramux_worker.model.context import StepBatch, StepLora
 from loramux_worker.model.loader import ServedModel
-from loramux_worker.model.lora_layers import AdapterRun, lora_plan
-from loramux_worker.scheduler.scheduler import Chunk, Step
+from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
+from loramux_worker.scheduler.scheduler import Chunk, SchedulerConfig, Step
+
+_LONG_SEGMENT = 64  # rows of one adapter that a program of the LoRA kernels takes in a large step
+_MOST_UPDATES = 8192  # new blocks of a step that are sent in one copy
 
 
-class StepResult(NamedTuple):
-    """A token for each sequence that has caught up in the step; the others only read a chunk of their prompt."""
+class _Form(NamedTuple):
+    """How a step is computed."""
 
-    sequences: list[Sequence]
-    tokens: list[SampledToken]
+    shape: StepShape
+    segments: list[SlotRun]
+    graph: GraphKey | None  # None: kernel by kernel
+    edges: bool  # an adapter touches the embedding or the head
 
 
 class Runner:
     """Owns the paged KV cache on the device and runs packed batches over it."""
 
-    def __init__(self, model: ServedModel, adapters: AdapterResidency, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        adapters: AdapterResidency,
+        num_blocks: int,
+        block_size: int,
+        limits: SchedulerConfig,
+        max_lora_rank: int,
+    ) -> None:
         self._model = model
         self._adapters = adapters
         self._block_size = block_size
+        self._limits = limits
         self._sampler = Sampler(model.vocab_size, model.device)
-        shape = (num_blocks, model.num_kv_heads, block_size, model.head_dim)
+        shape = (num_blocks + 1, model.num_kv_heads, block_size, model.head_dim)  # the last block is for padding
 
         # zeros, not empty: a masked position still meets its value, and 0 · NaN is NaN
         def cache() -> list[Tensor]:
             return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(model.num_layers)]
 
         model.context.key_caches, model.context.value_caches = cache(), cache()
+        most_sequences = limits.max_batch_sequences
+        most_tokens = max(limits.max_batched_tokens, most_sequences)
+        most_blocks = -(-limits.max_model_len // block_size)
+        self._tables = BlockTables(most_sequences, most_blocks, num_blocks, model.device)
+        largest = StepShape(most_tokens, most_sequences, segments=most_tokens)
+        self._buffers = InputBuffers(largest, _MOST_UPDATES, model.device)
+        self._sampled = torch.zeros(most_sequences, dtype=torch.int64, device=model.device)
+        tables = adapters.pool.tables
+        self._weights = LoraWeights(
+            adapters.pool.elements, tables.a_offsets, tables.b_offsets, tables.ranks, max_lora_rank
+        )
+        self._logits: Tensor | None = None
+        self.graphs: StepGraphs | None = None
+
+    def capture_graphs(self) -> None:
+        """Make CUDA graphs of small steps; without them every step is launched kernel by kernel."""
+        most = self._limits.max_batch_sequences
+        shape = (most, self._model.vocab_size)
+        self._logits = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+        self.graphs = StepGraphs(self._prepare_capture, self._run_static, most, self._limits.max_batched_tokens)
+        self.graphs.capture()
 
     def forget(self, sequence: Sequence) -> None:
-        """Release what the sampler keeps for a sequence that ended."""
+        """Release what is kept for a sequence that ended."""
         self._sampler.forget(sequence.sequence_id)
+        self._tables.release(sequence)
 
-    def run(self, step: Step) -> StepResult:
-        """Run the chunks of a step as one packed batch and sample where a sequence has caught up."""
-        chunks = sorted(step.chunks, key=self._slot)  # rows of one adapter next to each other
-        self._prepare(chunks)
-        ids = [t for c in chunks for t in _chunk_tokens(c)]
-        positions = [p for s, n in chunks for p in range(s.num_computed_tokens, s.num_computed_tokens + n)]
-        rows, sequences = _sampling_rows(chunks)
-        logits = self._model(self._tensor(ids), self._tensor(positions), self._tensor(rows))
+    @torch.inference_mode()
+    def launch(self, step: Step, previous: InFlightStep | None) -> InFlightStep:
+        """Enqueue the chunks of a step as one packed batch, and sampling where a sequence has caught up.
+
+        `previous` is the step launched before, if its tokens were not read yet: this one may take inputs from it.
+        """
+        for sequence in step.preempted:
+            self._tables.release(sequence)
+        plan = StepPlan.of(step.chunks, self._slot)
+        form = self._form(plan)
+        inputs = self._buffers.begin(form.shape)
+        fill(inputs, plan, form.segments, self._tables, self._block_size, previous)
+        self._buffers.send(inputs, self._tables)
+        if form.graph is not None and self.graphs is not None:
+            logits = self.graphs.replay(form.graph)
+        else:
+            logits = self._model(self._batch(inputs, plan, form))
+        sequences = [plan.chunks[i].sequence for i in plan.samples]
         if not sequences:
-            return StepResult([], [])
-        return StepResult(sequences, self._sampler(logits, sequences))
-
-    def _prepare(self, chunks: list[Chunk]) -> None:
-        """Leave the layout of the batch where the layers look for it."""
-        context = self._model.context
-        context.attention = self._attention_batch(chunks)
-        context.lora = self._plan([(s, n) for s, n in chunks])
-        context.lora_head = self._plan([(c.sequence, 1) for c in chunks if c.samples])
-
-    def _plan(self, runs: list[tuple[Sequence, int]]) -> LoraPlan | None:
-        merged: list[AdapterRun] = []
-        start, last = 0, -1
-        for sequence, rows in runs:
-            slot = self._slot(Chunk(sequence, rows))
-            if slot >= 0:
-                if slot == last:
-                    merged[-1] = merged[-1]._replace(end=start + rows)
-                else:
-                    merged.append(AdapterRun(start, start + rows, self._adapters.tiles(slot)))
-            last = slot
-            start += rows
-        return lora_plan(len(self._model.targets), merged)
+            return InFlightStep([], PendingSample(self._sampled[:0]))
+        if form.shape.is_decode and len(sequences) < len(plan.chunks):  # some read one token and sample none
+            logits = logits[inputs.device["logit_rows"][: len(sequences)].long()]
+        sample = self._sampler(logits[: len(sequences)], sequences)
+        self._sampled[: len(sequences)].copy_(sample.token_ids)
+        return InFlightStep(sequences, sample)
 
     def _slot(self, chunk: Chunk) -> int:
-        """The pool slot of the chunk's adapter; the base model sorts first."""
         key = chunk.sequence.adapter_key
-        return -1 if key is None else self._adapters.slot(key)
+        return NO_ADAPTER if key is None else self._adapters.slot(key)
 
-    def _attention_batch(self, chunks: list[Chunk]) -> AttentionBatch:
-        size = self._block_size
-        slots: list[int] = []
-        for sequence, num_tokens in chunks:
-            table, first = sequence.block_table, sequence.num_computed_tokens
-            slots += [table[p // size] * size + p % size for p in range(first, first + num_tokens)]
-        most = max(len(c.sequence.block_table) for c in chunks)
-        tables = [c.sequence.block_table + [0] * (most - len(c.sequence.block_table)) for c in chunks]
-        return AttentionBatch(
-            query_lens=tuple(c.num_tokens for c in chunks),
-            context_lens=tuple(c.sequence.num_computed_tokens + c.num_tokens for c in chunks),
-            block_tables=self._tensor(tables),
-            slot_mapping=self._tensor(slots),
+    def _form(self, plan: StepPlan) -> _Form:
+        """The shape of a step: a graph's where one has room, else its own."""
+        most_query = max(plan.lengths)
+        edges = plan.has_adapters and self._touches_edges(plan)
+        pieces = cut(plan.runs(), ROWS_IN_SEGMENT) if plan.has_adapters else []
+        if self.graphs is not None and not edges:
+            key = self.graphs.find(plan.num_tokens, len(plan.chunks), len(pieces), most_query)
+            if key is not None:
+                return _Form(key.shape, pieces, key, edges)
+        shape = StepShape(plan.num_tokens, len(plan.chunks), most_query_tokens=most_query)
+        if plan.has_adapters and prefers_segments(plan.num_tokens, len(pieces)):
+            rows = ROWS_IN_SEGMENT
+            if len(long := cut(plan.runs(), _LONG_SEGMENT)) * _LONG_SEGMENT <= 2 * plan.num_tokens:
+                rows, pieces = _LONG_SEGMENT, long
+            shape = replace(shape, segments=len(pieces), rows_in_segment=rows)
+        return _Form(shape, pieces, None, edges)
+
+    def _touches_edges(self, plan: StepPlan) -> bool:
+        slots = sorted({slot for slot in plan.slots if slot != NO_ADAPTER})
+        ranks = self._adapters.pool.tables.host_ranks
+        return bool(ranks[slots][:, list(self._model.edge_targets)].any())
+
+    def _batch(self, inputs: StepInputs, plan: StepPlan, form: _Form) -> StepBatch:
+        """The batch of a step that no graph runs."""
+        count = max(1, len(plan.samples))  # a batch that samples nothing has one row of logits that nobody reads
+        rows = None if form.shape.is_decode else inputs.device["logit_rows"][:count].long()
+        batch = self._static_batch(inputs, lora=False, rows=rows)
+        if not plan.has_adapters:
+            return batch
+        runs = self._adapter_runs(plan.runs())
+        head_runs = runs if rows is None else self._adapter_runs(plan.sampled_runs())
+        embedding = RunsLora(runs).tiles(self._model.embedding_target) if form.edges else ()
+        lora: StepLora = RunsLora(runs)
+        head: StepLora | None = RunsLora(head_runs) if form.edges else None
+        if self._model.runs_kernels:
+            lora = PooledLora(self._weights, inputs.lora_rows())
+        return replace(batch, lora=lora, lora_head=head, lora_embedding=embedding)
+
+    def _static_batch(self, inputs: StepInputs, *, lora: bool, rows: Tensor | None) -> StepBatch:
+        return StepBatch(
+            input_ids=pending_tokens(inputs.device["ids"], inputs.device["sources"], self._sampled),
+            positions=inputs.device["positions"],
+            rows=rows,
+            attention=inputs.attention(self._tables.device),
+            lora=PooledLora(self._weights, inputs.lora_rows()) if lora else None,
         )
 
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+    def _adapter_runs(self, runs: list[SlotRun]) -> list[AdapterRun]:
+        return [
+            AdapterRun(run.start, run.end, self._adapters.tiles(run.slot)) for run in runs if run.slot != NO_ADAPTER
+        ]
 
+    def _prepare_capture(self, key: GraphKey) -> None:
+        """Inputs that harm nobody: every row is padding."""
+        inputs = self._buffers.begin(key.shape)
+        fill(inputs, StepPlan([], []), [], self._tables, self._block_size, None)
+        self._buffers.send(inputs, self._tables)
 
-def _chunk_tokens(chunk: Chunk) -> list[int]:
-    first = chunk.sequence.num_computed_tokens
-    return chunk.sequence.tokens(first, first + chunk.num_tokens)
-
-
-def _sampling_rows(chunks: list[Chunk]) -> tuple[list[int], list[Sequence]]:
-    """The last row of every sequence whose chunk reaches its newest token."""
-    rows: list[int] = []
-    sequences: list[Sequence] = []
-    end = 0
-    for chunk in chunks:
-        end += chunk.num_tokens
-        if chunk.samples:
-            rows.append(end - 1)
-            sequences.append(chunk.sequence)
-    return rows, sequences
+    @torch.inference_mode()
+    def _run_static(self, key: GraphKey) -> Tensor:
+        """What a graph does, kernel by kernel."""
+        inputs = self._buffers.static(key.shape)
+        rows = None if key.shape.is_decode else inputs.device["logit_rows"].long()
+        assert self._logits is not None
+        return self._model(self._static_batch(inputs, lora=key.lora, rows=rows), self._logits[: key.shape.sequences])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters
+
+PENDING_TOKEN = -1
+"""Stands in `generated_token_ids` for a token that the device has been told to sample and nobody has read yet."""
 
 
 class SequenceStatus(Enum):
@@ -23,6 +27,9 @@ class Sequence:
     `num_computed_tokens` counts the tokens whose keys and values lie in the blocks of `block_table`. The model runs
     over `token_ids[num_computed_tokens:]`, a chunk a step; when it has caught up, the next token is sampled. There
     is no prefill phase and no decode phase beyond that.
+
+    Of a running sequence at most the last tokens are `PENDING_TOKEN`s, one for each step in flight that samples for
+    it; a chunk that reads one is that one token. A waiting sequence is not scheduled before it has none.
     """
 
     sequence_id: int
@@ -32,7 +39,10 @@ class Sequence:
     priority: int = 0
     deadline: float | None = None  # Unix time, seconds
     generated_token_ids: list[int] = field(default_factory=list)
+    most_tokens: int = sys.maxsize
+    """With so many tokens, prompt + generated, it ends: once it has them, read or not, it is not to run again."""
 
+    is_plain: bool = field(init=False)  # greedy and nothing more: sampling it takes an argmax
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -43,6 +53,16 @@ class Sequence:
     adapter_ready_at: float | None = None
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        p = self.sampling
+        self.is_plain = (
+            p.temperature == 0.0
+            and p.repetition_penalty == 1.0
+            and p.presence_penalty == p.frequency_penalty == 0.0
+            and not p.min_new_tokens
+            and p.logprobs is None
+        )
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -65,7 +85,7 @@ class Sequence:
         return None if self.adapter is None else self.adapter.key
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Token ids `start` to `end` (exclusive) of prompt + generated."""
+        """Token ids `start` to `end` (exclusive) of prompt + generated, `PENDING_TOKEN` where not read yet."""
         split = len(self.prompt_token_ids)
         if end <= split:
             return self.prompt_token_ids[start:end]

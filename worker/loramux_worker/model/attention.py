@@ -69,8 +69,8 @@ def _paged(
         raise UnsupportedAttention(f"its attention uses {', '.join(sorted(asked))}")
     context = cast(StepContext, module.step_context)
     layer = cast(int, module.layer_idx)
-    batch = context.attention
-    assert batch is not None, "the runner sets the step before the forward pass"
+    assert context.batch is not None, "the batch is set before the forward pass"
+    batch = context.batch.attention
     key_cache, value_cache = context.key_caches[layer], context.value_caches[layer]
     store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), key_cache, value_cache, batch.slot_mapping)
     out = paged_attention(

@@ -1,27 +1,46 @@
-"""What the model's layers need to know of the step that runs through them.
+"""What a forward pass works on, and where the model's layers find it.
 
-Hugging Face modelling code passes neither the adapters nor the block tables down to its layers, so the runner leaves
-them here before each forward pass; every attention and LoRA layer of one model holds the same context.
+Hugging Face modelling code passes neither the adapters nor the block tables down to its layers, so the batch lies in a
+context that every attention and LoRA layer of one model holds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
-from loramux_kernels import AttentionBatch, LoraTile
+from loramux_kernels import AttentionBatch, LoraSite, LoraTile
 
-LoraPlan = tuple[tuple[LoraTile, ...], ...]
-"""For each target module (by its index) the runs of rows that have an adapter on it."""
+
+class StepLora(Protocol):
+    """The adapters of a batch's rows, for the layers that they may touch."""
+
+    def add_(self, out: Tensor, x: Tensor, target: int) -> None:
+        """out [rows, out_features] += the adapters' share of x [rows, in_features] at one target, in place."""
+
+    def delta(self, x: Tensor, site: LoraSite) -> Tensor:
+        """The adapters' share at sibling targets, side by side [rows, sum of widths]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Rows of sequences, packed. All tensors are on the model's device."""
+
+    input_ids: Tensor  # int64 [T]
+    positions: Tensor  # int32 [T]
+    rows: Tensor | None  # int64, the rows whose logits are asked for; None: every row
+    attention: AttentionBatch
+    lora: StepLora | None = None  # over all rows
+    lora_head: StepLora | None = None  # over the rows whose logits are asked for
+    lora_embedding: tuple[LoraTile, ...] = ()  # runs of rows whose adapter touches the embedding
 
 
 @dataclass(slots=True)
 class StepContext:
-    """The current step: set by the runner, read by the layers."""
+    """The paged cache, and the batch that is being computed."""
 
     key_caches: list[Tensor] = field(default_factory=list)  # by layer: [blocks, kv_heads, block_size, head_dim]
     value_caches: list[Tensor] = field(default_factory=list)
-    attention: AttentionBatch | None = None
-    lora: LoraPlan | None = None  # over the rows of the packed batch
-    lora_head: LoraPlan | None = None  # over the rows whose logits are asked for
+    batch: StepBatch | None = None

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION, attach
-from loramux_worker.model.context import StepContext
+from loramux_worker.model.context import StepBatch, StepContext
+from loramux_worker.model.fused import FusedDecoder, fuse
 from loramux_worker.model.lora_layers import add_lora_layers
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,6 +28,9 @@ class ServedModel:
     module: nn.Module
     context: StepContext
     targets: tuple[TargetModule, ...]
+    fused: FusedDecoder | None  # where there is one, it computes instead of `module`
+    embedding_target: int
+    head_target: int
     name: str
     num_layers: int
     num_kv_heads: int
@@ -37,21 +41,35 @@ class ServedModel:
     dtype: torch.dtype
 
     @torch.inference_mode()
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
-        """One forward pass over a packed batch; the context holds its layout.
+    def __call__(self, batch: StepBatch, out: Tensor | None = None) -> Tensor:
+        """One forward pass over a packed batch.
 
         Args:
-            input_ids, position_ids: int64 [T].
-            rows: int64 [n], the rows whose logits are asked for.
+            out: [n, vocabulary] for the logits, where they are to lie at a fixed address.
 
         Returns:
-            logits [n, vocabulary].
+            logits [n, vocabulary] of the rows that `batch` asks for.
         """
-        out = self.module(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=rows
-        )
-        logits: Tensor = out.logits[0]
-        return logits
+        self.context.batch = batch
+        if self.fused is not None:
+            return self.fused(batch, out)
+        logits: Tensor = self.module(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions.long()[None],
+            use_cache=False,
+            logits_to_keep=0 if batch.rows is None else batch.rows,
+        ).logits[0]
+        return logits if out is None else out.copy_(logits)
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether adapters are computed by kernels over the pool, not run by run."""
+        return self.fused is not None or self.device.type == "cuda"
+
+    @property
+    def edge_targets(self) -> tuple[int, int]:
+        """The targets outside the decoder layers: token embedding and output head."""
+        return self.embedding_target, self.head_target
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -75,9 +93,21 @@ def load_model(path: str, device: str, dtype: str) -> ServedModel:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"--model {path}: cannot load its weights: {_one_line(error)}") from error
+    return prepare_model(module, where, name=config._name_or_path or path)
+
+
+def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool | None = None) -> ServedModel:
+    """Put our attention's context and LoRA layers into a model that was loaded with our attention.
+
+    `fused`: whether to run our own form of it where there is one; None: on a GPU.
+
+    Raises:
+        ConfigurationError: this architecture cannot be served rightly.
+    """
     refuse_unsupported_model(module)
-    module.eval().requires_grad_(False).to(where)
+    module.eval().requires_grad_(False).to(device)
     context = StepContext()
+    config = module.config
     text = config.get_text_config()
     num_layers = attach(module, context)
     if num_layers != text.num_hidden_layers:
@@ -85,18 +115,24 @@ def load_model(path: str, device: str, dtype: str) -> ServedModel:
             f"--model: {config.model_type} has {text.num_hidden_layers} layers but {num_layers} of attention: "
             "architectures with other kinds of layers are not served"
         )
+    targets = add_lora_layers(module, context)
+    if fused is None:
+        fused = device.type == "cuda"
     return ServedModel(
         module=module,
         context=context,
-        targets=add_lora_layers(module, context),
-        name=config._name_or_path or path,
+        targets=targets,
+        fused=fuse(module, context) if fused else None,
+        embedding_target=module.get_input_embeddings().target,
+        head_target=module.get_output_embeddings().target,
+        name=name,
         num_layers=num_layers,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=module.get_output_embeddings().out_features,
         max_position=_max_position(text),
-        device=where,
-        dtype=kind,
+        device=device,
+        dtype=module.dtype,
     )
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loramux_kernels import LoraTile, lora_add_
 from loramux_worker.adapters.targets import TargetKind, TargetModule
-from loramux_worker.model.context import LoraPlan, StepContext
+from loramux_worker.model.context import StepContext, StepLora
 
 
 class LoraLinear(nn.Linear):
@@ -23,25 +19,26 @@ class LoraLinear(nn.Linear):
         self.target = target
         self.context = context
 
-    def plan(self) -> LoraPlan | None:
-        """The runs of rows that this layer's input has in the current step."""
-        return self.context.lora
+    def lora(self) -> StepLora | None:
+        """The adapters of this layer's rows in the current batch."""
+        batch = self.context.batch
+        return None if batch is None else batch.lora
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """x [..., in_features] → [..., out_features]; the leading axes are the rows of the packed batch."""
         out = F.linear(input, self.weight, self.bias)
-        plan = self.plan()
-        if plan is not None and plan[self.target]:
-            lora_add_(out.view(-1, self.out_features), input.reshape(-1, self.in_features), plan[self.target])
+        if (lora := self.lora()) is not None:
+            lora.add_(out.view(-1, self.out_features), input.reshape(-1, self.in_features), self.target)
         return out
 
 
 class LoraHead(LoraLinear):
     """The output head: it sees only the rows whose logits are asked for."""
 
-    def plan(self) -> LoraPlan | None:
-        """The runs among the rows whose logits are asked for."""
-        return self.context.lora_head
+    def lora(self) -> StepLora | None:
+        """The adapters of the rows whose logits are asked for."""
+        batch = self.context.batch
+        return None if batch is None else batch.lora_head
 
 
 class LoraEmbedding(nn.Module):
@@ -63,10 +60,10 @@ class LoraEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """ids [1, T] → [1, T, dim]."""
         out: Tensor = self.base(input_ids)
-        plan = self.context.lora
-        if plan is not None and plan[self.target]:
+        batch = self.context.batch
+        if batch is not None and batch.lora_embedding:
             ids, rows = input_ids.view(-1), out.view(-1, out.shape[-1])
-            for start, end, a, b in plan[self.target]:
+            for start, end, a, b in batch.lora_embedding:
                 delta = a[:, ids[start:end]].t() @ b
                 rows[start:end] += delta if self.scale is None else delta * self.scale.to(delta.dtype)
         return out
@@ -95,23 +92,3 @@ def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModul
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return tuple(targets)
-
-
-class AdapterRun(NamedTuple):
-    """Rows `start` to `end` (exclusive) of a batch that have one adapter, and its tiles by target module."""
-
-    start: int
-    end: int
-    tiles: Sequence[tuple[Tensor, Tensor] | None]
-
-
-def lora_plan(num_targets: int, runs: list[AdapterRun]) -> LoraPlan | None:
-    """The LoRA work of one step, by target module; None when no row has an adapter."""
-    if not runs:
-        return None
-    plan: list[list[LoraTile]] = [[] for _ in range(num_targets)]
-    for start, end, tiles in runs:
-        for target, tile in enumerate(tiles):
-            if tile is not None:
-                plan[target].append(LoraTile(start, end, *tile))
-    return tuple(tuple(runs_of_target) for runs_of_target in plan)

@@ -7,12 +7,15 @@ answer anybody wrongly.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from loramux_kernels import AttentionBatch
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION, UnsupportedAttention
+from loramux_worker.model.context import StepBatch
 from loramux_worker.model.loader import ServedModel
 
 _LENGTHS = (13, 7)
@@ -37,7 +40,7 @@ def check_model(model: ServedModel) -> None:
         raise ConfigurationError(f"--model: {name} is not served: {error}") from error
     finally:
         model.context.key_caches, model.context.value_caches = [], []
-        model.context.attention = None
+        model.context.batch = None
     expected = _eager_logits(model, prompts)
     difference = max(((s - e).norm() / e.norm()).item() for s, e in zip(served, expected, strict=True))
     if not difference <= _TOLERANCE[model.dtype]:
@@ -58,12 +61,32 @@ def _served_logits(model: ServedModel, prompts: list[Tensor]) -> list[Tensor]:
         positions = [torch.arange(d, d + n, device=model.device) for d, n in zip(done, chunk, strict=True)]
         slots = [tables[i, p // _BLOCK_SIZE] * _BLOCK_SIZE + p % _BLOCK_SIZE for i, p in enumerate(positions)]
         done = [d + n for d, n in zip(done, chunk, strict=True)]
-        model.context.attention = AttentionBatch(chunk, tuple(done), tables, torch.cat(slots))
-        ids = torch.cat([prompts[i][p] for i, p in enumerate(positions)])
-        logits = model(ids, torch.cat(positions), torch.arange(sum(chunk), device=model.device)).float()
+        batch = StepBatch(
+            input_ids=torch.cat([prompts[i][p] for i, p in enumerate(positions)]),
+            positions=torch.cat(positions).int(),
+            rows=None,
+            attention=_layout(chunk, done, tables, torch.cat(slots)),
+        )
+        logits = model(batch).float()
         for i, piece in enumerate(logits.split(list(chunk))):
             pieces[i].append(piece)
     return [torch.cat(p) for p in pieces]
+
+
+def _layout(chunk: tuple[int, ...], done: list[int], tables: Tensor, slots: Tensor) -> AttentionBatch:
+    """The step that ends with `done` tokens of each sequence in the cache."""
+
+    def small(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=tables.device)
+
+    return AttentionBatch(
+        query_starts=small([0, *itertools.accumulate(chunk)]),
+        context_lens=small(done),
+        block_tables=tables.int(),
+        table_rows=small(list(range(len(done)))),
+        slot_mapping=slots.int(),
+        most_query_tokens=max(chunk),
+    )
 
 
 @torch.inference_mode()

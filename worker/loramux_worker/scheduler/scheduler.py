@@ -34,7 +34,10 @@ class Scheduler:
     a sequence that is alone finds a block, for none is longer than the cache: so every sequence ends.
 
     The engine appends what was sampled to `generated_token_ids`, and must `finish` a sequence that has more than
-    `max_model_len` tokens, the last one sampled included.
+    `max_model_len` tokens, the last one sampled included. It may append a placeholder, schedule the next step, and
+    put the token in its place after that: a step that preempts admits nobody, so a sequence that was preempted with
+    a placeholder comes back in the step after it at the earliest, and by then must have the token. A sequence that
+    has its `most_tokens`, placeholders counted, is in no further step, and keeps what it holds until it is finished.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockPool, adapters: AdapterTiers) -> None:
@@ -133,7 +136,7 @@ class Scheduler:
         """Make the next step; `now` is in seconds on the monotonic clock.
 
         Call `advance` with it before the next call. A step without chunks means that nothing can run before an
-        adapter arrives.
+        adapter arrives or a sequence that has its `most_tokens` is finished.
         """
         self._unpark_arrived(now)
         draft = StepDraft(self.config.max_batched_tokens)
@@ -179,8 +182,10 @@ class Scheduler:
             num_uncomputed = num_tokens - sequence.num_computed_tokens
             if num_uncomputed > 1:
                 prefilling.append(seat)
-            elif num_uncomputed == 1 and (
-                num_tokens <= len(sequence.block_table) * block_size or self._make_room(sequence, draft)
+            elif (
+                num_uncomputed == 1
+                and num_tokens < sequence.most_tokens
+                and (num_tokens <= len(sequence.block_table) * block_size or self._make_room(sequence, draft))
             ):
                 decoding.append(seat)
         if draft.preempted:

@@ -1,0 +1,190 @@
+"""A decoder of the Llama shape as a short list of ops, for GPUs.
+
+    add + norm → q, k, v → rotate, store, attend → o → add + norm → act(gate) ⊙ up → down
+
+Siblings are packed into one weight, of which the modules of the Hugging Face model become views: nothing is twice in
+memory, and its modelling code still runs, to be compared with. Every product has its adapters beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loramux_kernels import (
+    Activation,
+    LoraSite,
+    RotaryLayer,
+    SplitCounters,
+    add_rms_norm,
+    decode_attention,
+    gated_linear,
+    linear,
+    paged_attention,
+    rotate_and_store,
+)
+from loramux_worker.model.context import StepBatch, StepContext, StepLora
+from loramux_worker.model.lora_layers import LoraLinear
+
+_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
+_ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Sibling projections in one weight [sum of widths, in_features]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    site: LoraSite
+
+    def delta(self, x: Tensor, lora: StepLora | None) -> Tensor | None:
+        """What the adapters add."""
+        return None if lora is None else lora.delta(x, self.site)
+
+    def __call__(self, x: Tensor, lora: StepLora | None) -> Tensor:
+        """x [rows, in_features] → [pieces, rows, out_features]."""
+        return linear(x, self.weight, self.bias, self.delta(x, lora))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One decoder layer."""
+
+    input_norm: Tensor
+    qkv: Projection
+    rotary: RotaryLayer
+    o: Projection
+    post_norm: Tensor
+    gate_up: Projection
+    down: Projection
+
+
+class FusedDecoder:
+    """The whole model; the context holds the paged cache."""
+
+    def __init__(self, module: Any, context: StepContext) -> None:
+        self._context = context
+        self._embedding = module.get_input_embeddings()
+        self._head = module.get_output_embeddings()
+        self._norm: Tensor = module.model.norm.weight
+        self._eps: float = module.config.rms_norm_eps
+        self._activation = _ACTIVATIONS[module.config.hidden_act]
+        cos, sin = _rotary_tables(module)
+        self._layers = [_fuse_layer(layer, module.config, cos, sin) for layer in module.model.layers]
+        self._counters = SplitCounters.make(module.config.num_key_value_heads, cos.device)
+
+    def __call__(self, batch: StepBatch, out: Tensor | None = None) -> Tensor:
+        """Logits [rows asked for, vocabulary], in `out` where it is given."""
+        lora, partials = batch.lora, None
+        residual: Tensor = self._embedding(batch.input_ids)
+        for index, layer in enumerate(self._layers):
+            residual, x = add_rms_norm(residual, partials, layer.input_norm, self._eps)
+            attended = self._attend(layer.qkv(x, lora), index, layer.rotary, batch)
+            partials = layer.o(attended, lora)
+            residual, x = add_rms_norm(residual, partials, layer.post_norm, self._eps)
+            gate_up = layer.gate_up
+            x = gated_linear(x, gate_up.weight, self._activation, gate_up.bias, gate_up.delta(x, lora))
+            partials = layer.down(x, lora)
+        _, x = add_rms_norm(residual, partials, self._norm, self._eps)
+        if batch.rows is not None:
+            x = x[batch.rows]
+        logits = linear(x, self._head.weight, self._head.bias, out=out)[0]
+        if batch.lora_head is not None:
+            batch.lora_head.add_(logits, x, self._head.target)
+        return logits
+
+    def _attend(self, qkv: Tensor, index: int, rotary: RotaryLayer, batch: StepBatch) -> Tensor:
+        """qkv [pieces, rows, width] → [rows, heads · head_dim]."""
+        keys, values = self._context.key_caches[index], self._context.value_caches[index]
+        attention = batch.attention
+        if attention.most_query_tokens == 1:
+            return decode_attention(qkv, batch.positions, rotary, keys, values, attention, self._counters)
+        queries = rotate_and_store(qkv, batch.positions, rotary, keys, values, attention.slot_mapping)
+        attended = paged_attention(
+            queries, keys, values, attention, scale=rotary.scale, sliding_window=rotary.sliding_window
+        )
+        return attended.flatten(1)
+
+
+def fuse(module: Any, context: StepContext) -> FusedDecoder | None:
+    """The fused form of a model, or None where its shape is another."""
+    config = module.config
+    if config.model_type not in _ARCHITECTURES or config.hidden_act not in _ACTIVATIONS:
+        return None
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("partial_rotary_factor", 1.0) != 1.0 or _head_dim(config) % 2:
+        return None
+    return FusedDecoder(module, context)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _fuse_layer(layer: Any, config: Any, cos: Tensor, sin: Tensor) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return FusedLayer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_pack(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
+        rotary=RotaryLayer(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=_head_dim(config),
+            cos=cos,
+            sin=sin,
+            query_gain=None if query_norm is None else query_norm.weight,
+            key_gain=None if key_norm is None else key_norm.weight,
+            eps=0.0 if query_norm is None else query_norm.variance_epsilon,
+            sliding_window=_sliding_window(layer, config),
+            scale=attention.scaling,
+        ),
+        o=_pack(attention, "o_proj"),
+        post_norm=layer.post_attention_layernorm.weight,
+        gate_up=_pack(mlp, "gate_up_proj", "gate_proj", "up_proj"),
+        down=_pack(mlp, "down_proj"),
+    )
+
+
+def _sliding_window(layer: Any, config: Any) -> int | None:
+    """As each architecture's attention passes it on: Qwen by layer, Mistral and Phi-3 for all."""
+    attention = layer.self_attn
+    window = attention.sliding_window if hasattr(attention, "sliding_window") else _config_window(config)
+    return None if window is None else int(window)
+
+
+def _config_window(config: Any) -> int | None:
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def _pack(parent: nn.Module, packed: str, *siblings: str) -> Projection:
+    """The module of that name, or its siblings packed into one weight of which they become views."""
+    names = siblings if siblings and not hasattr(parent, packed) else (packed,)
+    modules = [getattr(parent, name) for name in names]
+    assert all(isinstance(m, LoraLinear) for m in modules), f"{names} are linear layers"
+    first = modules[0]
+    assert [m.target for m in modules] == list(range(first.target, first.target + len(modules))), "targets in order"
+    site = LoraSite(first.target, tuple(m.out_features for m in modules))
+    if len(modules) == 1:
+        return Projection(first.weight.data, None if first.bias is None else first.bias.data, site)
+    weight = torch.cat([m.weight.data for m in modules])
+    for m, view in zip(modules, weight.split(list(site.widths)), strict=True):
+        m.weight.data = view
+    bias = None if first.bias is None else torch.cat([m.bias.data for m in modules])
+    return Projection(weight, bias, site)
+
+
+def _rotary_tables(module: Any) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [positions, head_dim / 2], from the model's own module."""
+    count = module.config.max_position_embeddings
+    where = module.get_input_embeddings().weight.device
+    positions = torch.arange(count, device=where)[None]
+    with torch.inference_mode(False), torch.no_grad():
+        tables = module.model.rotary_emb(torch.empty(0, dtype=torch.float32, device=where), positions)
+    cos, sin = (t[0, :, : t.shape[-1] // 2].float().contiguous() for t in tables)
+    return cos, sin

@@ -1,0 +1,58 @@
+"""The adapters of a batch, as a CPU computes them run by run and a GPU in two launches a site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loramux_kernels import LoraRows, LoraSite, LoraTile, LoraWeights, lora_add_, lora_delta, lora_delta_add_
+
+
+class AdapterRun(NamedTuple):
+    """Rows `start` to `end` (exclusive) of a batch that have one adapter, and its tiles by target module."""
+
+    start: int
+    end: int
+    tiles: Sequence[tuple[Tensor, Tensor] | None]
+
+
+class RunsLora:
+    """Runs of rows with torch's own products."""
+
+    def __init__(self, runs: Sequence[AdapterRun]) -> None:
+        self._runs = runs
+
+    def tiles(self, target: int) -> tuple[LoraTile, ...]:
+        """The runs whose adapter touches a target."""
+        return tuple(LoraTile(r.start, r.end, *tile) for r in self._runs if (tile := r.tiles[target]) is not None)
+
+    def add_(self, out: Tensor, x: Tensor, target: int) -> None:
+        """See `StepLora`."""
+        lora_add_(out, x, self.tiles(target))
+
+    def delta(self, x: Tensor, site: LoraSite) -> Tensor:
+        """See `StepLora`."""
+        out = x.new_zeros(x.shape[0], sum(site.widths))
+        for i, part in enumerate(torch.split(out, list(site.widths), dim=1)):
+            lora_add_(part, x, self.tiles(site.target + i))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class PooledLora:
+    """Rows with kernels that find the tiles in the pool."""
+
+    weights: LoraWeights
+    rows: LoraRows
+
+    def add_(self, out: Tensor, x: Tensor, target: int) -> None:
+        """See `StepLora`."""
+        lora_delta_add_(out, x, self.weights, self.rows, LoraSite(target, (out.shape[1],)))
+
+    def delta(self, x: Tensor, site: LoraSite) -> Tensor:
+        """See `StepLora`."""
+        return lora_delta(x, self.weights, self.rows, site)
