@@ -1,0 +1,144 @@
+"""A whole engine over a model of true shape and random weights, made on the spot: for benchmarks on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from loramux_worker.adapters.host import AdapterKey, HostAdapter
+from loramux_worker.adapters.host_memory import allocate
+from loramux_worker.adapters.layout import AdapterLayout
+from loramux_worker.engine.build import EngineParts, assemble
+from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.protocol import AdapterReference, Outputs, SamplingParameters, Submit
+from loramux_worker.model.attention import IMPLEMENTATION
+from loramux_worker.model.loader import ServedModel, prepare_model
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {  # Llama 3.1 8B
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "1b": {  # TinyLlama 1.1B
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+}
+
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def random_model(
+    shape: str, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+) -> ServedModel:
+    """A model of that shape with random weights, ready to be served."""
+    settings = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(**settings, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    return prepare_model(module, torch.device(device), name=f"random-{shape}")
+
+
+def adapter_layout(model: ServedModel, rank: int, modules: Sequence[str] = ALL_LINEARS) -> AdapterLayout:
+    """An adapter of one rank on some of each layer's modules."""
+    chosen = [(i, rank) for i, t in enumerate(model.targets) if t.name.rpartition(".")[2] in modules]
+    return AdapterLayout.plan(chosen, model.targets)
+
+
+@dataclass(frozen=True)
+class Rig:
+    """An engine, and what it has said."""
+
+    model: ServedModel
+    parts: EngineParts
+    outputs: list[Outputs]
+
+    @classmethod
+    def make(cls, model: ServedModel, **settings: Any) -> Rig:
+        """An engine of its own over the model."""
+        outputs: list[Outputs] = []
+        config = EngineConfig(model="random", **settings)
+        parts = assemble(config, model, lambda m: outputs.append(m) if isinstance(m, Outputs) else None)
+        return cls(model, parts, outputs)
+
+    def load_adapters(self, ranks: Iterable[int], modules: Sequence[str] = ALL_LINEARS) -> list[AdapterReference]:
+        """Random adapters straight into the pool, one for each rank given."""
+        pool = self.parts.adapters.pool
+        runs: dict[int, HostAdapter] = {}
+        references = []
+        for i, rank in enumerate(ranks):
+            if rank not in runs:
+                layout = adapter_layout(self.model, rank, modules)
+                run = allocate(layout.num_elements, self.model.dtype, pin=True)
+                run.copy_(torch.randn(layout.num_elements, device=self.model.device).mul_(0.01).to(self.model.dtype))
+                runs[rank] = HostAdapter(("", ""), layout, run)
+            key: AdapterKey = (f"adapter-{i}", "sha256:0")
+            loaded = pool.load(HostAdapter(key, runs[rank].layout, runs[rank].run))
+            assert loaded is not None, "--adapter-memory is too small"
+            references.append(AdapterReference(*key, path="/nowhere"))
+        torch.cuda.synchronize()
+        return references
+
+    def submit(self, count: int, prompt: int, new: int, adapters: Sequence[AdapterReference | None]) -> None:
+        """Greedy requests that run to their length; adapters are taken in turn."""
+        generator = torch.Generator().manual_seed(len(self.outputs))
+        for i in range(count):
+            ids = torch.randint(self.model.vocab_size, (prompt,), generator=generator).tolist()
+            adapter = adapters[i % len(adapters)] if adapters else None
+            sampling = SamplingParameters(new, ignore_eos=True)
+            Rig._next_id += 1
+            self.parts.engine.handle(Submit(Rig._next_id, ids, sampling, adapter))
+
+    _next_id = 0
+
+    def drain(self) -> list[float]:
+        """Step until nothing is left; seconds of each step."""
+        engine, seconds = self.parts.engine, []
+        last = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+            now = time.perf_counter()
+            seconds.append(now - last)
+            last = now
+        self.outputs.clear()
+        return seconds
+
+
+def median_of_replays(replay: Any, count: int = 20) -> float:
+    """Median seconds of what `replay` enqueues, by events."""
+    times = []
+    for _ in range(3):
+        replay()
+    for _ in range(count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy on the device."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_(-100, 100)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_of_replays(lambda: target.copy_(source))
