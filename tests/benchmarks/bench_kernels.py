@@ -4,7 +4,6 @@
 
 For each op a table: microseconds of one call, its floor (every byte read and written once, over the bandwidth of a
 copy on this card) and their ratio. A call is
-
     lora       the adapters' share of one whole layer: shrink and expand at qkv, o, gate_up and down, all of rank 16
                unless its name says otherwise; "n distinct" and "by token" work row by row
     linear     one packed weight; torch.mm is the same product by the vendor's library, without the activation
@@ -47,7 +46,7 @@ from loramux_kernels.rotary import rotate_and_store_reference
 
 BLOCK_SIZE = 16
 MOST_ERROR = 2e-2  # relative, that rounding to bfloat16 explains
-ENOUGH_BYTES, ENOUGH_CALLS = 2e9, 64  # a graph is long enough for its launch not to count
+ENOUGH_BYTES, ENOUGH_CALLS = 4e9, 256  # a graph is long enough for its launch not to count
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class Caches:
         sizes = (self.num_blocks, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
         self.layers = [(shape.random(*sizes), shape.random(*sizes)) for _ in range(layers)]
         self._order = torch.randperm(self.num_blocks).to(torch.int32)
-        positions = self.table_width * BLOCK_SIZE
-        angles = torch.arange(positions)[:, None] * 10000.0 ** -torch.linspace(0, 1, shape.head_dim // 2)
+        frequencies = 10000.0 ** -torch.linspace(0, 1, shape.head_dim // 2)
+        angles = torch.arange(self.table_width * BLOCK_SIZE)[:, None] * frequencies
         cos, sin = angles.cos().to(shape.device), angles.sin().to(shape.device)
         head = (shape.heads, shape.kv_heads, shape.head_dim)
         self.rotary = RotaryLayer(*head, cos, sin, scale=shape.head_dim**-0.5)
@@ -139,16 +138,19 @@ class Caches:
         return positions.to(device, torch.int32), batch
 
 
+def stored(kv: tuple[Tensor, Tensor], batch: AttentionBatch) -> Tensor:
+    """A copy of what the cache holds of a step's tokens: [2, tokens, kv_heads, head_dim]."""
+    slots = batch.slot_mapping.long()
+    return torch.stack([cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] for cache in kv])
+
+
 def attention_cases(shape: Shape, decodes: Sequence[Sequences], prefills: Sequence[Sequences]) -> Iterator[Case]:
     """Decode steps, prefills, and what a prefill does before it attends."""
     caches = Caches(shape, [*decodes, *prefills])
     counters = SplitCounters.make(shape.kv_heads, shape.device)
-    for step in decodes:
-        yield _decode_case(caches, counters, step)
-    for step in prefills:
-        yield _prefill_case(caches, step)
-    longest = max(prefills, key=lambda step: step.count * step.new)
-    yield from _store_cases(caches, longest)
+    yield from (_decode_case(caches, counters, step) for step in decodes)
+    yield from (_prefill_case(caches, step) for step in prefills)
+    yield from _store_cases(caches, max(prefills, key=lambda step: step.count * step.new))
 
 
 def _decode_case(caches: Caches, counters: SplitCounters, step: Sequences) -> Case:
@@ -158,11 +160,8 @@ def _decode_case(caches: Caches, counters: SplitCounters, step: Sequences) -> Ca
 
     def error() -> float:
         actual = calls[0]()
-        (keys, values), positions, batch = rounds[0]
+        kv, positions, batch = rounds[0]
         picks = torch.linspace(0, step.count - 1, min(step.count, 8), device=shape.device).long()
-        slots = batch.slot_mapping[picks].long()
-        at = slots // BLOCK_SIZE, slice(None), slots % BLOCK_SIZE
-        stored = [cache[at].clone() for cache in (keys, values)]
         few = replace(
             batch,
             query_starts=torch.arange(len(picks) + 1, device=shape.device),
@@ -170,11 +169,11 @@ def _decode_case(caches: Caches, counters: SplitCounters, step: Sequences) -> Ca
             table_rows=batch.table_rows[picks],
             slot_mapping=batch.slot_mapping[picks],
         )
+        written = stored(kv, few)
         # it stores the same keys and values once more, before it looks at the cache
-        query = rotate_and_store_reference(qkv[:, picks], positions[picks], rotary, keys, values, few.slot_mapping)
-        expected = reference_paged_attention(query, keys, values, few, scale=rotary.scale)
-        errors = [relative_error(mine, cache[at]) for mine, cache in zip(stored, (keys, values), strict=True)]
-        return max(relative_error(actual[picks], expected.flatten(1)), *errors)
+        query = rotate_and_store_reference(qkv[:, picks], positions[picks], rotary, *kv, few.slot_mapping)
+        expected = reference_paged_attention(query, *kv, few, scale=rotary.scale).flatten(1)
+        return max(relative_error(actual[picks], expected), relative_error(written, stored(kv, few)))
 
     new = step.count * (rotary.width + shape.heads * shape.head_dim) * shape.dtype.itemsize
     return Case(f"decode_attention {step}", calls, step.count * step.context * caches.token_bytes + new, error)
@@ -186,8 +185,8 @@ def _prefill_case(caches: Caches, step: Sequences) -> Case:
     calls = [partial(paged_attention, query, *kv, batch, scale=scale) for kv, _, batch in rounds]
 
     def error() -> float:
-        (keys, values), _, batch = rounds[0]
-        return relative_error(calls[0](), reference_paged_attention(query, keys, values, batch, scale=scale))
+        kv, _, batch = rounds[0]
+        return relative_error(calls[0](), reference_paged_attention(query, *kv, batch, scale=scale))
 
     seen = step.count * step.new * (step.context - (step.new - 1) / 2)  # keys that all queries see
     num_bytes = step.count * step.context * caches.token_bytes + 2 * query.numel() * shape.dtype.itemsize
@@ -196,23 +195,21 @@ def _prefill_case(caches: Caches, step: Sequences) -> Case:
 
 def _store_cases(caches: Caches, step: Sequences) -> Iterator[Case]:
     shape, rotary, rounds = caches.shape, caches.rotary, caches.rounds(step)
-    tokens = step.count * step.new
-    qkv = shape.random(1, tokens, rotary.width)
+    qkv = shape.random(1, tokens := step.count * step.new, rotary.width)
     keys, values = qkv[0].unflatten(-1, (-1, shape.head_dim))[:, shape.heads :].chunk(2, dim=1)
     rotations = [partial(rotate_and_store, qkv, at, rotary, *kv, batch.slot_mapping) for kv, at, batch in rounds]
     stores = [partial(store_kv, keys, values, *kv, batch.slot_mapping) for kv, _, batch in rounds]
 
     def rotation_error() -> float:
         kv, positions, batch = rounds[0]
+        actual, written = rotations[0](), stored(kv, batch)
         expected = rotate_and_store_reference(qkv, positions, rotary, *kv, batch.slot_mapping)
-        return relative_error(rotations[0](), expected)
+        return max(relative_error(actual, expected), relative_error(written, stored(kv, batch)))
 
     def store_error() -> float:
         stores[0]()
         kv, _, batch = rounds[0]
-        slots = batch.slot_mapping.long()
-        stored = [cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] for cache in kv]
-        return max(relative_error(*pair) for pair in zip(stored, (keys, values), strict=True))
+        return relative_error(stored(kv, batch), torch.stack([keys, values]))
 
     num_bytes = 2 * qkv.numel() * shape.dtype.itemsize
     yield Case(f"rotate_and_store, {tokens} tokens", rotations, num_bytes, rotation_error)
@@ -233,17 +230,17 @@ def time_calls(calls: Sequence[Callable[[], object]], num_bytes: float, median: 
 
 
 def measure(case: Case, bandwidth: float, median: Callable[..., float]) -> dict[str, Any]:
-    """Compare a case with torch, time it, and put the figures in a row."""
+    """The figures of a case, once it agrees with torch."""
     error = case.error()
     assert error <= MOST_ERROR, f"{case.name}: relative error {error:.1e} against torch, at most {MOST_ERROR:.0e}"
     taken = time_calls(case.calls, case.num_bytes, median)
     floor = case.num_bytes / bandwidth * 1e6
-    row = {"case": case.name, "us": round(taken, 2), "floor_us": round(floor, 2), "ratio": round(taken / floor, 2)}
+    figures = {"us": taken, "floor_us": floor, "ratio": taken / floor}
     if case.library:
-        row["torch_mm_us"] = round(time_calls(case.library, case.num_bytes, median), 2)
+        figures["torch_mm_us"] = time_calls(case.library, case.num_bytes, median)
     if case.flops:
-        row["TFLOP_s"] = round(case.flops / taken / 1e6, 1)
-    return row | {"error": float(f"{error:.2g}")}
+        figures["TFLOP_s"] = case.flops / taken / 1e6
+    return {"case": case.name, **{name: round(x, 2) for name, x in figures.items()}, "error": float(f"{error:.2g}")}
 
 
 def print_row(row: dict[str, Any]) -> None:

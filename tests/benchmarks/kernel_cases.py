@@ -36,7 +36,7 @@ BEYOND_L2 = 256 << 20  # bytes between two reads of the same: some times the 50 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size; `calls` are the layers, which do the same over tensors of their own."""
+    """One op at one size; `calls` are the layers, the same over tensors of their own."""
 
     name: str
     calls: Sequence[Callable[[], object]]
@@ -92,8 +92,9 @@ class Shape:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Of the whole tensor, in its norm."""
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+    """Of the whole tensor, in its norm; infinite where there is a NaN, which `max` might overlook."""
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    return float(error.nan_to_num(nan=float("inf")))
 
 
 def copies(num_bytes: float, least: int = 8) -> int:
@@ -103,11 +104,11 @@ def copies(num_bytes: float, least: int = 8) -> int:
 
 @dataclass(frozen=True)
 class Mix:
-    """The slot of each row, in runs; rows by token where a segment has one row at most."""
+    """The slot of each row, in runs."""
 
     ranks: tuple[int, ...]  # of the slots of the pool
     slots: tuple[int, ...]
-    rows_in_segment: int = 1
+    rows_in_segment: int = 1  # 1: row by row
 
 
 _EVEN = (16,) * 256
@@ -212,8 +213,8 @@ def _lora_case(pool: Pool, name: str, mix: Mix) -> Case:
     adapters = sum(mix.ranks[slot] for slot in set(mix.slots)) * pool.per_rank * item
     activations = tokens * sum(site.inner + sum(site.widths) for site in shape.sites) * item
     rotated = adapters + (activations if activations > BEYOND_L2 else 0)
-    span = max(mix.slots) + 1
-    shifts = range(0, len(mix.ranks) - span + 1, span)  # few adapters: others of the pool for other layers
+    step = max(mix.slots) + 1
+    shifts = range(0, len(mix.ranks) - step + 1, step)  # few adapters: others of the pool for other layers
     rows = [pool.rows(mix, shift) for shift in shifts[: -(-copies(rotated) // pool.layers)]]
     calls = [partial(pool.layer, inputs, r, layer) for r in rows for layer in range(pool.layers)]
 
@@ -237,11 +238,8 @@ def linear_cases(shape: Shape, rows: Sequence[int]) -> Iterator[Case]:
 
 
 def _linear_case(shape: Shape, site: Site, weights: Sequence[Tensor], rows: int) -> Case:
-    gated, columns = site.name == "gate_up", sum(site.widths)
-    x = shape.random(rows, site.inner)
-    op: Callable[[Tensor, Tensor], Tensor] = linear
-    if gated:
-        op = partial(gated_linear, activation=Activation.SILU)
+    gated, columns, x = site.name == "gate_up", sum(site.widths), shape.random(rows, site.inner)
+    op: Callable[[Tensor, Tensor], Tensor] = partial(gated_linear, activation=Activation.SILU) if gated else linear
 
     def error() -> float:
         actual = op(x, weights[0])
