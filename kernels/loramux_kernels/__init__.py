@@ -7,7 +7,7 @@ from loramux_kernels.add_rms_norm import add_rms_norm
 from loramux_kernels.decode_attention import SplitCounters, decode_attention
 from loramux_kernels.draw import draw_filtered, draw_unsorted
 from loramux_kernels.gated_activation import Activation, gated_activation
-from loramux_kernels.linear import gated_linear, linear
+from loramux_kernels.linear import gated_linear, is_for_library, linear
 from loramux_kernels.lora import (
     LoraRows,
     LoraSite,
@@ -16,6 +16,7 @@ from loramux_kernels.lora import (
     lora_add_,
     lora_delta,
     lora_delta_add_,
+    lora_gated_activation,
 )
 from loramux_kernels.paged_attention import AttentionBatch, paged_attention
 from loramux_kernels.rotary import RotaryLayer, rotate_and_store
@@ -42,10 +43,12 @@ __all__ = [
     "gated_activation",
     "gated_linear",
     "greedy",
+    "is_for_library",
     "linear",
     "lora_add_",
     "lora_delta",
     "lora_delta_add_",
+    "lora_gated_activation",
     "paged_attention",
     "rotate_and_store",
     "store_kv",

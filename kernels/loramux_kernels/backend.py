@@ -1,8 +1,9 @@
 """Which implementation of an op runs where.
 
 An op is two files: `<op>.py` holds the torch reference and the public function, `<op>_triton.py` the kernel and its
-launcher. The public function imports the second one only when its tensors are on a GPU, so that the package works
-where Triton does not exist (macOS, a client's laptop).
+launcher. The public function imports the second one when it is called, so that the package can be imported where
+Triton does not exist (macOS, a client's laptop). Ops that also serve models on a CPU ask `runs_triton` which one to
+take; those of the fused decoder are the kernels, and on a CPU run in Triton's interpreter alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody says: fused is what we test
 
 # Triton 3.9 warns where nobody chose, and 3.10 is to choose otherwise
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

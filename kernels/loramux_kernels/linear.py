@@ -43,7 +43,7 @@ def linear(
         x: [rows, K], contiguous.
         weight: [N, K]; bias [N].
         delta: [rows, N], may be overwritten. It must come from `lora_delta` of the same `x`, and nothing in between.
-        out: [rows, N] in the dtype of `x`, for the result, which is then one piece.
+        out: [rows, N] in the dtype of `x`, for the result, which is then one piece. Not beside a delta.
 
     Returns:
         [pieces, rows, N]: one piece in the dtype of `x`, or float32 partial sums for the next kernel to add up.
@@ -93,6 +93,11 @@ def gated_linear(
     out = x.new_empty(num_rows, columns)
     linear_triton.rows(x, weight, out, tile, bias, delta, int(activation))
     return out
+
+
+def is_for_library(x: Tensor, columns: int) -> bool:
+    """Whether a gated product of `columns` goes through the vendor's library, which leaves both halves in memory."""
+    return x.shape[0] > 1 and _rows_tile(x, columns, x.shape[1], gated=True) is None
 
 
 def _rows_tile(x: Tensor, columns: int, inner: int, *, gated: bool) -> RowsTile | None:

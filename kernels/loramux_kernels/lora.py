@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loramux_kernels.gated_activation import Activation
+
 RANK_PAGE = 16
 """Ranks that the kernels work on at a time; what is beyond an adapter's rank is not read."""
 
@@ -120,11 +122,38 @@ def lora_delta_add_(out: Tensor, x: Tensor, weights: LoraWeights, rows: LoraRows
     return out
 
 
+def lora_gated_activation(
+    x: Tensor, gate_up: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, activation: Activation
+) -> Tensor:
+    """act(gate + its delta) ⊙ (up + its delta) for many rows, without the deltas going through memory.
+
+    Args:
+        x: [rows, in_features], what gate and up were computed from; gate_up: [rows, 2n], contiguous.
+        rows: in segments.
+
+    Returns:
+        [rows, n] in the dtype of `gate_up`; rows that are in no segment are not written.
+    """
+    from loramux_kernels import lora_triton
+
+    partials = _shrink(x, weights, rows, site)
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    lora_triton.expand_gated(partials, weights, rows, site, gate_up, out, activation)
+    return out
+
+
 def _launch(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, out: Tensor, *, add: bool) -> None:
+    from loramux_kernels import lora_triton
+
+    lora_triton.expand(_shrink(x, weights, rows, site), weights, rows, site, out, add=add)
+
+
+def _shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite) -> Tensor:
+    """Partial sums float32 [pieces, siblings, rows, most ranks]."""
     from loramux_kernels import lora_triton
 
     pieces = -(-x.shape[1] // piece_length(x.shape[1], rows.most_in_segment))
     shape = (pieces, len(site.widths), x.shape[0], -(-weights.max_rank // RANK_PAGE) * RANK_PAGE)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     lora_triton.shrink(x, weights, rows, site, partials)
-    lora_triton.expand(partials, weights, rows, site, out, add=add)
+    return partials

@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from loramux_kernels.backend import pdl
+from loramux_kernels.gated_activation import Activation
+from loramux_kernels.gated_activation_triton import activate
 from loramux_kernels.lora import RANK_PAGE, LoraRows, LoraSite, LoraWeights, piece_length
 
 _R = tl.constexpr(RANK_PAGE)  # ranks that a program works on at a time
@@ -68,9 +70,10 @@ def _shrink_segments(
 ):  # fmt: skip
     piece, s, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(segments + g), tl.load(segments + G + g)
+    if start >= end:  # unused: others wait, and the next kernel for them
+        return
     a, rank = _tile(elements, a_offsets, ranks, tl.load(segments + 2 * G + g), target + s, NUM_TARGETS)
     r, m = tl.arange(0, _R), start + tl.arange(0, BM)
-    rank = tl.where(start < end, rank, 0)
     k = piece * PIECE + tl.arange(0, BK)
     if PIECE == BK:  # the first tile is on its way before the wait
         tile = tl.load(a + r[:, None] * K + k[None, :], mask=(r[:, None] < rank) & (k[None, :] < K), other=0.0)
@@ -115,6 +118,15 @@ def _hidden(h, T, limit, PIECES: tl.constexpr, ALL_PIECES: tl.constexpr, STRIDE:
     piece, r = tl.arange(0, ALL_PIECES), tl.arange(0, _R)
     at = h + piece[:, None].to(tl.int64) * (T * STRIDE) + r[None, :]
     return tl.sum(tl.load(at, mask=(piece[:, None] < PIECES) & (r[None, :] < limit), other=0.0), 0)
+
+
+@triton.jit
+def _hidden_rows(h, known, T, PIECES: tl.constexpr, STRIDE: tl.constexpr):
+    """The sums [rows, ranks of a page] of the partial sums at `h`."""
+    hidden = tl.load(h, mask=known, other=0.0)
+    for piece in tl.static_range(1, PIECES):
+        hidden += tl.load(h + (piece * T).to(tl.int64) * STRIDE, mask=known, other=0.0)
+    return hidden
 
 
 @triton.jit(do_not_specialize=["target", "T"])
@@ -162,33 +174,68 @@ def _expand_segments(
     if PDL:
         gdc_launch_dependents()
     start, end = tl.load(segments + g), tl.load(segments + G + g)
+    if start >= end:
+        return
     s, block, width, first = _slice(tl.program_id(0), W0, W1, W2, BN)
     b, rank = _tile(elements, b_offsets, ranks, tl.load(segments + 2 * G + g), target + s, NUM_TARGETS)
     r, n, m = tl.arange(0, _R), block * BN + tl.arange(0, BN), start + tl.arange(0, BM)
-    inside = (m[:, None] < end) & (n[None, :] < width)
-    rank = tl.where(start < end, rank, 0)
     tile = tl.load(b + r[:, None] * width + n[None, :], mask=(r[:, None] < rank) & (n[None, :] < width), other=0.0)
     if PDL:
         gdc_wait()
-    if start < end:
-        y = tl.zeros((BM, BN), tl.float32)
-        for page in range(0, rank, _R):
-            h = partials + (s * T + m[:, None]).to(tl.int64) * RANKS + page + r[None, :]
-            known = (m[:, None] < end) & (r[None, :] < rank - page)
-            hidden = tl.zeros((BM, _R), tl.float32)
-            for piece in tl.static_range(PIECES):
-                hidden += tl.load(h + (piece * SLICES * T).to(tl.int64) * RANKS, mask=known, other=0.0)
-            y = tl.dot(hidden.to(elements.dtype.element_ty), tile, y, input_precision=PRECISION)
-            ahead = page + _R
-            more = (r[:, None] < rank - ahead) & (n[None, :] < width)
-            tile = tl.load(b + (ahead + r[:, None]) * width + n[None, :], mask=more, other=0.0)
-        o = out + m[:, None].to(tl.int64) * (W0 + W1 + W2) + first + n[None, :]
-        if ADD:
-            if rank > 0:
-                y += tl.load(o, mask=inside, other=0.0).to(tl.float32)
-                tl.store(o, y.to(out.dtype.element_ty), mask=inside)
-        else:
+    y = tl.zeros((BM, BN), tl.float32)
+    h = partials + (s * T + m[:, None]).to(tl.int64) * RANKS + r[None, :]
+    for page in range(0, rank, _R):
+        hidden = _hidden_rows(h + page, (m[:, None] < end) & (r[None, :] < rank - page), T, PIECES, SLICES * RANKS)
+        y = tl.dot(hidden.to(elements.dtype.element_ty), tile, y, input_precision=PRECISION)
+        ahead = page + _R
+        more = (r[:, None] < rank - ahead) & (n[None, :] < width)
+        tile = tl.load(b + (ahead + r[:, None]) * width + n[None, :], mask=more, other=0.0)
+    o = out + m[:, None].to(tl.int64) * (W0 + W1 + W2) + first + n[None, :]
+    inside = (m[:, None] < end) & (n[None, :] < width)
+    if ADD:
+        if rank > 0:
+            y += tl.load(o, mask=inside, other=0.0).to(tl.float32)
             tl.store(o, y.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(o, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["target", "T", "G"])
+def _expand_gated(
+    partials, elements, b_offsets, ranks, segments, gate_up, out, target, T, G,
+    N: tl.constexpr, PIECES: tl.constexpr, NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, GATE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+    start, end = tl.load(segments + g), tl.load(segments + G + g)
+    if start >= end:
+        return
+    slot = tl.load(segments + 2 * G + g)
+    gate_b, gate_rank = _tile(elements, b_offsets, ranks, slot, target, NUM_TARGETS)
+    up_b, up_rank = _tile(elements, b_offsets, ranks, slot, target + 1, NUM_TARGETS)
+    r, n, m = tl.arange(0, _R), tl.program_id(0) * BN + tl.arange(0, BN), start + tl.arange(0, BM)
+    if PDL:
+        gdc_wait()
+    inside = (m[:, None] < end) & (n[None, :] < N)
+    x = gate_up + m[:, None].to(tl.int64) * (2 * N) + n[None, :]
+    gate = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + N, mask=inside, other=0.0).to(tl.float32)
+    h = partials + m[:, None].to(tl.int64) * RANKS + r[None, :]
+    for page in range(0, gate_rank, _R):
+        hidden = _hidden_rows(h + page, (m[:, None] < end) & (r[None, :] < gate_rank - page), T, PIECES, 2 * RANKS)
+        known = (r[:, None] < gate_rank - page) & (n[None, :] < N)
+        tile = tl.load(gate_b + (page + r[:, None]) * N + n[None, :], mask=known, other=0.0)
+        gate = tl.dot(hidden.to(tile.dtype), tile, gate, input_precision=PRECISION)
+    h += T.to(tl.int64) * RANKS
+    for page in range(0, up_rank, _R):
+        hidden = _hidden_rows(h + page, (m[:, None] < end) & (r[None, :] < up_rank - page), T, PIECES, 2 * RANKS)
+        known = (r[:, None] < up_rank - page) & (n[None, :] < N)
+        tile = tl.load(up_b + (page + r[:, None]) * N + n[None, :], mask=known, other=0.0)
+        up = tl.dot(hidden.to(tile.dtype), tile, up, input_precision=PRECISION)
+    y = activate(gate.to(out.dtype.element_ty).to(tl.float32), GATE) * up
+    tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 def shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, partials: Tensor) -> None:
@@ -269,6 +316,45 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
         PRECISION=_precision(out),
         **constants,
         num_warps=8 if many else 4,
+    )
+
+
+def expand_gated(
+    partials: Tensor,
+    weights: LoraWeights,
+    rows: LoraRows,
+    site: LoraSite,
+    gate_up: Tensor,
+    out: Tensor,
+    activation: Activation,
+) -> None:
+    """out [rows, n] = act(gate + delta) ⊙ (up + delta), from gate_up [rows, 2n] and the shrink's partial sums."""
+    assert rows.segments is not None, "rows that are many are in segments"
+    use_pdl = pdl(out.device)
+    num_rows, columns = out.shape
+    num_segments = rows.segments.shape[1]
+    _expand_gated[(triton.cdiv(columns, 128), num_segments)](
+        partials,
+        weights.elements,
+        weights.b_offsets,
+        weights.ranks,
+        rows.segments,
+        gate_up,
+        out,
+        site.target,
+        num_rows,
+        num_segments,
+        N=columns,
+        PIECES=partials.shape[0],
+        NUM_TARGETS=weights.num_targets,
+        RANKS=partials.shape[-1],
+        GATE=int(activation),
+        BN=128,
+        BM=rows.most_in_segment,
+        PRECISION=_precision(out),
+        PDL=use_pdl,
+        num_warps=8 if rows.most_in_segment > 16 else 4,
+        launch_pdl=use_pdl,
     )
 
 

@@ -1,6 +1,6 @@
 """What the engine takes on a GPU: decode steps, prefill, one request alone, and a crowd.
 
-    python tests/benchmarks/bench_engine.py --shape 8b --batches 1,8,32,64,128,256 [--only steps,prefill,alone,crowd]
+    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,crowd,peft]
 
 Random weights of the true shape, bf16, adapters of `--rank` on `--modules`, all resident unless said otherwise. The
 last line of the output is a JSON object with machine, versions and figures; times are in milliseconds. The byte floor
@@ -13,12 +13,17 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rig import ALL_LINEARS, Rig, adapter_layout, copy_bandwidth, median_of_replays, random_model
+from gpu_rig import ALL_LINEARS, Rig, adapter_layout, copy_bandwidth, median_of_replays, random_model, write_adapter
 from machine import describe_machine
+from peft_on_gpu import peft_figures
+
+from loramux_worker.engine.protocol import AdapterReference
 
 PROMPT, NEW = 64, 128
 
@@ -33,6 +38,8 @@ def main() -> None:
     layout = adapter_layout(model, arguments.rank, modules)
     adapter_bytes = layout.num_elements * model.dtype.itemsize
     most = max(arguments.batches)
+    crowd = random.Random(1).choices(range(1000), [1 / (i + 1) for i in range(1000)], k=512)  # Zipf(1)
+    resident = max(most, len(set(crowd)))
     rig = Rig.make(
         model,
         max_model_len=1024,
@@ -40,8 +47,8 @@ def main() -> None:
         max_batched_tokens=4096,
         max_batch_ranks=1 << 20,
         kv_cache_memory=(most + 8) * 256 * model.kv_bytes_per_token,
-        adapter_memory=(most + 1) * adapter_bytes + (1 << 20),
-        host_memory=1 << 30,
+        adapter_memory=(resident + 1) * adapter_bytes + (1 << 20),
+        host_memory=(resident + 1) * adapter_bytes,
     )
     graphs = rig.parts.runner.graphs
     figures: dict[str, Any] = {
@@ -52,7 +59,7 @@ def main() -> None:
     if graphs is not None:
         figures["graphs"] = {"count": len(graphs), "seconds": round(graphs.seconds, 1), "bytes": graphs.num_bytes}
         print(f"graphs: {figures['graphs']}", flush=True)
-    adapters = rig.load_adapters([arguments.rank] * most, modules)
+    adapters = rig.load_adapters([arguments.rank] * resident, modules)
     mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
     for part in arguments.only.split(","):
         if part == "steps":
@@ -62,9 +69,11 @@ def main() -> None:
         elif part == "alone":
             figures["alone"] = _alone(rig, mixes)
         elif part == "crowd":
-            figures["crowd"] = _crowd(rig, adapters)
+            figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
+        elif part == "peft":
+            figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
         else:
-            raise SystemExit(f"--only {part}: say steps, prefill, alone or crowd")
+            raise SystemExit(f"--only {part}: say steps, prefill, alone, crowd or peft")
     print(json.dumps({"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}))
 
 
@@ -79,15 +88,17 @@ def _steps(
             rig.submit(batch, PROMPT, 8, adapters)  # warm up
             rig.drain()
             rig.submit(batch, PROMPT, NEW, adapters)
-            seconds = rig.drain()
-            step = statistics.median(seconds[4:-4])
+            seconds = rig.drain(most_steps=NEW // 2 + batch * PROMPT // 4096)
+            device = _device_ms(rig)  # in the middle, at the mean context
+            seconds += rig.drain()
+            step = statistics.median(seconds[batch * PROMPT // 4096 + 2 :])
             kv = batch * (PROMPT + NEW // 2) * rig.model.kv_bytes_per_token
             floor = (_weight_bytes(rig.model) + distinct * adapter_bytes + kv) / bandwidth
             row = {
                 "batch": batch,
                 "mix": mix,
                 "step_ms": round(step * 1e3, 3),
-                "device_ms": _device_ms(rig),
+                "device_ms": device,
                 "floor_ms": round(floor * 1e3, 3),
                 "ratio": round(step / floor, 2),
                 "tokens_per_s": round(batch / step),
@@ -133,20 +144,25 @@ def _alone(rig: Rig, mixes: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _crowd(rig: Rig, adapters: list[Any]) -> dict[str, Any]:
-    """512 requests at once, adapters drawn Zipf(1) from those resident."""
-    draw = random.Random(1)
-    weights = [1 / (i + 1) for i in range(len(adapters))]
-    figures = {}
-    for mix in ("base", "zipf"):
-        chosen = [None] * 512 if mix == "base" else draw.choices(adapters, weights, k=512)
-        rig.submit(512, PROMPT, 8, chosen)
-        rig.drain()
-        started = time.perf_counter()
-        rig.submit(512, PROMPT, NEW, chosen)
-        rig.drain()
-        figures[mix] = {"tokens_per_s": round(512 * NEW / (time.perf_counter() - started))}
-        print("crowd", mix, figures[mix], flush=True)
+def _crowd(rig: Rig, arguments: argparse.Namespace, drawn: list[int], resident: list[Any]) -> dict[str, Any]:
+    """512 requests at once, adapters drawn Zipf(1) from 1,000: none, all in the pool, all in local files."""
+    names = {adapter: i for i, adapter in enumerate(dict.fromkeys(drawn))}
+    warm = [resident[names[adapter]] for adapter in drawn]
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write_adapter(Path(folder), rig.model, arguments.rank, arguments.modules.split(",")))
+        cold = [AdapterReference(f"cold-{adapter}", "sha256:0", path) for adapter in drawn]
+        figures: dict[str, Any] = {"distinct": len(names)}
+        for mix, chosen in (("base", [None] * 512), ("warm", warm), ("cold", cold)):
+            if mix == "cold":
+                rig.evict_adapters()
+            else:
+                rig.submit(512, PROMPT, 8, chosen)
+                rig.drain()
+            started = time.perf_counter()
+            rig.submit(512, PROMPT, NEW, chosen)
+            rig.drain()
+            figures[mix] = {"tokens_per_s": round(512 * NEW / (time.perf_counter() - started))}
+            print("crowd", mix, figures[mix], flush=True)
     return figures
 
 

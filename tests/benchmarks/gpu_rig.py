@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loramux_worker.adapters.host import AdapterKey, HostAdapter
@@ -97,6 +100,12 @@ class Rig:
         torch.cuda.synchronize()
         return references
 
+    def evict_adapters(self) -> None:
+        """Empty the pool; nothing may be running."""
+        pool = self.parts.adapters.pool
+        for key in list(pool.keys()):
+            pool.evict(key)
+
     def submit(self, count: int, prompt: int, new: int, adapters: Sequence[AdapterReference | None]) -> None:
         """Greedy requests that run to their length; adapters are taken in turn."""
         generator = torch.Generator().manual_seed(len(self.outputs))
@@ -109,17 +118,32 @@ class Rig:
 
     _next_id = 0
 
-    def drain(self) -> list[float]:
+    def drain(self, most_steps: int = 1 << 30) -> list[float]:
         """Step until nothing is left; seconds of each step."""
         engine, seconds = self.parts.engine, []
         last = time.perf_counter()
-        while engine.has_work:
+        while engine.has_work and len(seconds) < most_steps:
             engine.step()
             now = time.perf_counter()
             seconds.append(now - last)
             last = now
         self.outputs.clear()
         return seconds
+
+
+def write_adapter(folder: Path, model: ServedModel, rank: int, modules: Sequence[str] = ALL_LINEARS) -> Path:
+    """A random adapter as PEFT saves it, in the model's dtype."""
+    tensors = {}
+    for target in model.targets:
+        if target.name.rpartition(".")[2] in modules:
+            for part, shape in (("A", (rank, target.in_features)), ("B", (target.out_features, rank))):
+                values = torch.randn(shape, device=model.device).mul_(0.01).to(model.dtype).cpu()
+                tensors[f"base_model.model.{target.name}.lora_{part}.weight"] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": list(modules)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
 
 
 def median_of_replays(replay: Any, count: int = 20) -> float:

@@ -5,13 +5,16 @@ a rank-4 adapter takes a rank-4 adapter's bytes. When the free elements would do
 to join holes: a copy inside device memory takes microseconds. Kernels find the tiles through tables of offsets, which
 every step reads anew, so an adapter may move between any two steps.
 
-Copies, moves and changes of the tables are enqueued on the device's current stream: behind the steps that were
-enqueued before them and in front of those that come after. One thread owns the pool.
+Moves and changes of the tables are enqueued on the device's current stream: behind the steps that were enqueued before
+them and in front of those that come after. Copies from the host run beside those steps, on a stream of their own: they
+wait only until nothing reads any longer what lay there before, and steps that are enqueued later wait for them. One
+thread owns the pool.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import KeysView
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +65,10 @@ class AdapterPool:
         self._by_slot: list[_Resident | None] = [None] * max_slots
         self._free_slots = list(range(max_slots))[::-1]
         self._being_copied: deque[tuple[torch.cuda.Event, HostAdapter]] = deque()
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._vacated: torch.cuda.Event | None = None  # the last time that elements were given up or moved
         self.hits_total = self.misses_total = self.evictions_total = self.moves_total = 0
+        self._note_vacated()  # the zeros are on their way
 
     @property
     def capacity_elements(self) -> int:
@@ -78,6 +84,10 @@ class AdapterPool:
     def num_adapters(self) -> int:
         """Resident adapters."""
         return len(self._residents)
+
+    def keys(self) -> KeysView[AdapterKey]:
+        """The resident adapters, least recently used first."""
+        return self._residents.keys()
 
     def slot_of(self, key: AdapterKey) -> int | None:
         """The adapter's slot, None when it is not resident."""
@@ -124,8 +134,7 @@ class AdapterPool:
             self.evict(next(key for key, resident in self._residents.items() if not resident.pins))
         offset = self._allocate(size)
         slot = self._free_slots.pop()
-        self.elements[offset : offset + size].copy_(adapter.run, non_blocking=True)
-        self._keep_until_copied(adapter)
+        self._copy(adapter, self.elements[offset : offset + size])
         resident = _Resident(adapter.key, slot, offset, adapter.layout, PlacedModules.of(adapter.layout))
         self._residents[adapter.key] = self._by_slot[slot] = resident
         self.tables.place(slot, resident.placed, offset)
@@ -148,6 +157,7 @@ class AdapterPool:
         assert not self._residents[key].pins, f"{key} is pinned"
         resident = self._residents.pop(key)
         self._extents.free(resident.offset)
+        self._note_vacated()
         self._by_slot[resident.slot] = None
         self._free_slots.append(resident.slot)
         self.tables.clear(resident.slot)
@@ -200,15 +210,29 @@ class AdapterPool:
                 piece = self._staging[:count].copy_(piece)
             self.elements[to + at :][:count].copy_(piece)
         self._extents.apply(move)
+        self._note_vacated()
         resident.offset, resident.tiles = to, None
         self.tables.place(resident.slot, resident.placed, to)
         self.moves_total += 1
 
-    def _keep_until_copied(self, adapter: HostAdapter) -> None:
-        """A copy out of pinned memory runs on after the call; the memory must not be returned before its end."""
+    def _note_vacated(self) -> None:
+        """Steps that were enqueued until now may still read what is given up."""
+        if self._copies is not None:
+            self._vacated = torch.cuda.Event()
+            self._vacated.record()
+
+    def _copy(self, adapter: HostAdapter, target: Tensor) -> None:
+        """Start the copy of an adapter, whose memory on the host must not be returned before its end."""
+        if self._copies is None:
+            target.copy_(adapter.run)
+            return
         while self._being_copied and self._being_copied[0][0].query():
             self._being_copied.popleft()
-        if self.elements.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-            self._being_copied.append((event, adapter))
+        if self._vacated is not None:
+            self._copies.wait_event(self._vacated)
+        with torch.cuda.stream(self._copies):
+            target.copy_(adapter.run, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(self._copies)
+        torch.cuda.current_stream().wait_event(copied)
+        self._being_copied.append((copied, adapter))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loramux_worker.adapters.layout import AdapterLayout
 
@@ -61,6 +62,12 @@ class SlotTables:
         self._upload(slot)
 
     def _upload(self, slot: int) -> None:
-        self.a_offsets[slot].copy_(torch.from_numpy(self.host_a_offsets[slot]))
-        self.b_offsets[slot].copy_(torch.from_numpy(self.host_b_offsets[slot]))
-        self.ranks[slot].copy_(torch.from_numpy(self.host_ranks[slot]))
+        _send(self.host_a_offsets[slot], self.a_offsets[slot])
+        _send(self.host_b_offsets[slot], self.b_offsets[slot])
+        _send(self.host_ranks[slot], self.ranks[slot])
+
+
+def _send(row: NDArray[np.int64] | NDArray[np.int32], target: Tensor) -> None:
+    """Enqueue the copy of a row as it is now: out of pinned memory of its own, so nobody waits for the device."""
+    source = torch.from_numpy(row)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,6 +112,7 @@ def assemble(
             base_weights=BaseWeights.of_model(model.module),
         ),
         pin=on_gpu,
+        max_loads=min(16, max(4, (os.cpu_count() or 1) // 2)),  # half the cores are left to the steps and the front
     )
     adapters = AdapterResidency(host, pool)
     limits = SchedulerConfig(

@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 _DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 ROWS_IN_SEGMENT = 16  # tokens of one adapter that a program of the LoRA kernels takes in a small step
-_SHARE = 3  # rows of one adapter, on average, from which LoRA by segment is better than row by row
+_SHARE = 4  # rows of one adapter, on average, from which LoRA by segment is better than row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Capture all, the largest first, so that the smaller fit into its memory."""
+        torch.cuda.empty_cache()  # what was freed before is not to be counted
         started, (free, _) = time.monotonic(), torch.cuda.mem_get_info()
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from loramux_kernels import AttentionBatch, LoraSite, LoraTile
+from loramux_kernels import Activation, AttentionBatch, LoraSite, LoraTile
 
 
 class StepLora(Protocol):
@@ -22,6 +22,11 @@ class StepLora(Protocol):
 
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """The adapters' share at sibling targets, side by side [rows, sum of widths]."""
+
+    def gated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, activation: Activation
+    ) -> Tensor:
+        """act(gate) ⊙ up [rows, n] of packed gate and up projections, with the adapters' share in both."""
 
 
 @dataclass(frozen=True, slots=True)

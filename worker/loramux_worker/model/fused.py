@@ -41,13 +41,10 @@ class Projection:
     bias: Tensor | None
     site: LoraSite
 
-    def delta(self, x: Tensor, lora: StepLora | None) -> Tensor | None:
-        """What the adapters add."""
-        return None if lora is None else lora.delta(x, self.site)
-
     def __call__(self, x: Tensor, lora: StepLora | None) -> Tensor:
         """x [rows, in_features] → [pieces, rows, out_features]."""
-        return linear(x, self.weight, self.bias, self.delta(x, lora))
+        delta = None if lora is None else lora.delta(x, self.site)
+        return linear(x, self.weight, self.bias, delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +83,7 @@ class FusedDecoder:
             attended = self._attend(layer.qkv(x, lora), index, layer.rotary, batch)
             partials = layer.o(attended, lora)
             residual, x = add_rms_norm(residual, partials, layer.post_norm, self._eps)
-            gate_up = layer.gate_up
-            x = gated_linear(x, gate_up.weight, self._activation, gate_up.bias, gate_up.delta(x, lora))
-            partials = layer.down(x, lora)
+            partials = layer.down(self._gate_up(x, layer.gate_up, lora), lora)
         _, x = add_rms_norm(residual, partials, self._norm, self._eps)
         if batch.rows is not None:
             x = x[batch.rows]
@@ -96,6 +91,13 @@ class FusedDecoder:
         if batch.lora_head is not None:
             batch.lora_head.add_(logits, x, self._head.target)
         return logits
+
+    def _gate_up(self, x: Tensor, projection: Projection, lora: StepLora | None) -> Tensor:
+        """x [rows, hidden] → act(gate) ⊙ up [rows, intermediate]."""
+        weight, bias = projection.weight, projection.bias
+        if lora is None:
+            return gated_linear(x, weight, self._activation, bias)
+        return lora.gated_linear(x, weight, bias, projection.site, self._activation)
 
     def _attend(self, qkv: Tensor, index: int, rotary: RotaryLayer, batch: StepBatch) -> Tensor:
         """qkv [pieces, rows, width] → [rows, heads · head_dim]."""

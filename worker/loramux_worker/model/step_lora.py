@@ -9,7 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loramux_kernels import LoraRows, LoraSite, LoraTile, LoraWeights, lora_add_, lora_delta, lora_delta_add_
+from loramux_kernels import (
+    Activation,
+    LoraRows,
+    LoraSite,
+    LoraTile,
+    LoraWeights,
+    gated_linear,
+    is_for_library,
+    linear,
+    lora_add_,
+    lora_delta,
+    lora_delta_add_,
+    lora_gated_activation,
+)
 
 
 class AdapterRun(NamedTuple):
@@ -41,6 +54,12 @@ class RunsLora:
             lora_add_(part, x, self.tiles(site.target + i))
         return out
 
+    def gated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, activation: Activation
+    ) -> Tensor:
+        """See `StepLora`."""
+        return gated_linear(x, weight, activation, bias, self.delta(x, site))
+
 
 @dataclass(frozen=True, slots=True)
 class PooledLora:
@@ -56,3 +75,13 @@ class PooledLora:
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""
         return lora_delta(x, self.weights, self.rows, site)
+
+    def gated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, site: LoraSite, activation: Activation
+    ) -> Tensor:
+        """See `StepLora`."""
+        in_segments = self.rows.segments is not None and len(site.widths) == 2
+        if in_segments and is_for_library(x, weight.shape[0] // 2):
+            (gate_up,) = linear(x, weight, bias)
+            return lora_gated_activation(x, gate_up, self.weights, self.rows, site, activation)
+        return gated_linear(x, weight, activation, bias, self.delta(x, site))

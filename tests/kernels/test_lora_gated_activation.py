@@ -1,0 +1,27 @@
+"""The gated activation that takes in what adapters add to gate and up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernel_devices import DEVICES, TOLERANCE
+from loramux_kernels import Activation, LoraRows, gated_activation, lora_delta, lora_gated_activation
+from test_lora_kernels import IN, MIXES, Pool, grouped
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@pytest.mark.parametrize("mix", ["all distinct", "runs"])
+@pytest.mark.parametrize("most_in_segment", [16, 64])
+def test_is_the_activation_of_the_sums(device, dtype, mix, most_in_segment):
+    slots, width = MIXES[mix], 160
+    pool = Pool((width, width), dtype, device)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(len(slots), IN, generator=generator).to(dtype).to(device)
+    gate_up = torch.randn(len(slots), 2 * width, generator=generator).to(dtype).to(device)
+    segments = grouped(slots, most_in_segment, unused=2).to(device)
+    rows = LoraRows(torch.tensor(slots, dtype=torch.int32, device=device), segments, most_in_segment)
+    delta = lora_delta(x, pool.weights, rows, pool.site)
+    expected = gated_activation((gate_up.float() + delta.float()), Activation.SILU).double()
+    out = lora_gated_activation(x, gate_up, pool.weights, rows, pool.site, Activation.SILU)
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
