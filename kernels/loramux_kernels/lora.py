@@ -24,6 +24,9 @@ from loramux_kernels.gated_activation import Activation
 RANK_PAGE = 16
 """Ranks that the kernels work on at a time; what is beyond an adapter's rank is not read."""
 
+PARTS, WHOLE = 16, 31
+"""Into how many parts the work on an adapter of large rank is divided, and the number of what is not divided."""
+
 
 class LoraTile(NamedTuple):
     """One adapter's share of one module's work in a step: rows `start` to `end` (exclusive)."""
@@ -69,14 +72,17 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class LoraRows:
-    """Which adapter each row of a batch has.
+    """Which adapter each row of a batch has, and how the work is divided.
 
-    `slots` int32 [rows], -1 for none. `segments` int32 [3, n]: first row, last row (exclusive) and slot of runs of at
-    most `most_in_segment` rows that together cover all rows; unused ones at the end are empty. None: the kernels work
-    row by row, which is better where few rows share an adapter.
+    `slots` int32 [rows], -1 for none. Where few rows share an adapter, the kernels work through `units` int32 [any],
+    `row · 32 + part`, of which `num_units` int32 [1] are in use: first one for each row, then further parts of rows
+    whose rank is large. Where many do, through `segments` int32 [4, n]: first row, last row (exclusive), slot and part
+    of runs of at most `most_in_segment` rows that together cover all rows; unused ones at the end are empty.
     """
 
     slots: Tensor
+    units: Tensor
+    num_units: Tensor
     segments: Tensor | None = None
     most_in_segment: int = 1
 
@@ -134,26 +140,26 @@ def lora_gated_activation(
     Returns:
         [rows, n] in the dtype of `gate_up`; rows that are in no segment are not written.
     """
-    from loramux_kernels import lora_triton
+    from loramux_kernels import lora_expand_triton
 
     partials = _shrink(x, weights, rows, site)
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    lora_triton.expand_gated(partials, weights, rows, site, gate_up, out, activation)
+    lora_expand_triton.expand_gated(partials, weights, rows, site, gate_up, out, activation)
     return out
 
 
 def _launch(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, out: Tensor, *, add: bool) -> None:
-    from loramux_kernels import lora_triton
+    from loramux_kernels import lora_expand_triton
 
-    lora_triton.expand(_shrink(x, weights, rows, site), weights, rows, site, out, add=add)
+    lora_expand_triton.expand(_shrink(x, weights, rows, site), weights, rows, site, out, add=add)
 
 
 def _shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite) -> Tensor:
     """Partial sums float32 [pieces, siblings, rows, most ranks]."""
-    from loramux_kernels import lora_triton
+    from loramux_kernels import lora_shrink_triton
 
     pieces = -(-x.shape[1] // piece_length(x.shape[1], rows.most_in_segment))
     shape = (pieces, len(site.widths), x.shape[0], -(-weights.max_rank // RANK_PAGE) * RANK_PAGE)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-    lora_triton.shrink(x, weights, rows, site, partials)
+    lora_shrink_triton.shrink(x, weights, rows, site, partials)
     return partials

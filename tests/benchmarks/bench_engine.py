@@ -1,6 +1,6 @@
 """What the engine takes on a GPU: decode steps, prefill, one request alone, and a crowd.
 
-    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,crowd,peft]
+    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,ranks,crowd,peft]
 
 Random weights of the true shape, bf16, adapters of `--rank` on `--modules`, all resident unless said otherwise. The
 last line of the output is a JSON object with machine, versions and figures; times are in milliseconds. The byte floor
@@ -69,11 +69,14 @@ def main() -> None:
         elif part == "alone":
             figures["alone"] = _alone(rig, mixes)
         elif part == "crowd":
+            adapters = rig.load_adapters([arguments.rank] * resident, modules)
             figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
+        elif part == "ranks":
+            figures["ranks"] = _ranks(rig, modules, bandwidth)
         elif part == "peft":
             figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
         else:
-            raise SystemExit(f"--only {part}: say steps, prefill, alone, crowd or peft")
+            raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd or peft")
     print(json.dumps({"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}))
 
 
@@ -144,6 +147,22 @@ def _alone(rig: Rig, mixes: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _ranks(rig: Rig, modules: list[str], bandwidth: float) -> dict[str, Any]:
+    """A step of 64 rows: 63 adapters of rank 8 beside one of rank 256, and what their bytes would say."""
+    rig.evict_adapters()
+    adapters = rig.load_adapters([8] * 63 + [256], modules, prefix="ranks")
+    figures: dict[str, Any] = {}
+    for mix, chosen in (("base", [None]), ("rank 8 alone", adapters[:63] + adapters[:1]), ("mixed", adapters)):
+        rig.submit(64, PROMPT, NEW, chosen)
+        figures[mix] = round(statistics.median(rig.drain()[3:]) * 1e3, 3)
+    by_bytes = (63 * 8 + 256) * adapter_layout(rig.model, 1, modules).num_elements * rig.model.dtype.itemsize
+    figures["by_bytes"] = round(figures["base"] + by_bytes / bandwidth * 1e3, 3)
+    figures["ratio"] = round(figures["mixed"] / figures["by_bytes"], 3)
+    print("ranks", figures, flush=True)
+    rig.evict_adapters()
+    return figures
+
+
 def _crowd(rig: Rig, arguments: argparse.Namespace, drawn: list[int], resident: list[Any]) -> dict[str, Any]:
     """512 requests at once, adapters drawn Zipf(1) from 1,000: none, all in the pool, all in local files."""
     names = {adapter: i for i, adapter in enumerate(dict.fromkeys(drawn))}
@@ -182,7 +201,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 32, 64, 128, 256]
     )
-    parser.add_argument("--only", default="steps,prefill,alone,crowd")
+    parser.add_argument("--only", default="steps,prefill,alone,ranks,crowd")
     return parser.parse_args()
 
 

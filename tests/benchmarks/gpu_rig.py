@@ -82,7 +82,9 @@ class Rig:
         parts = assemble(config, model, lambda m: outputs.append(m) if isinstance(m, Outputs) else None)
         return cls(model, parts, outputs)
 
-    def load_adapters(self, ranks: Iterable[int], modules: Sequence[str] = ALL_LINEARS) -> list[AdapterReference]:
+    def load_adapters(
+        self, ranks: Iterable[int], modules: Sequence[str] = ALL_LINEARS, prefix: str = "adapter"
+    ) -> list[AdapterReference]:
         """Random adapters straight into the pool, one for each rank given."""
         pool = self.parts.adapters.pool
         runs: dict[int, HostAdapter] = {}
@@ -93,7 +95,7 @@ class Rig:
                 run = allocate(layout.num_elements, self.model.dtype, pin=True)
                 run.copy_(torch.randn(layout.num_elements, device=self.model.device).mul_(0.01).to(self.model.dtype))
                 runs[rank] = HostAdapter(("", ""), layout, run)
-            key: AdapterKey = (f"adapter-{i}", "sha256:0")
+            key: AdapterKey = (f"{prefix}-{i}", "sha256:0")
             loaded = pool.load(HostAdapter(key, runs[rank].layout, runs[rank].run))
             assert loaded is not None, "--adapter-memory is too small"
             references.append(AdapterReference(*key, path="/nowhere"))
@@ -123,7 +125,9 @@ class Rig:
         engine, seconds = self.parts.engine, []
         last = time.perf_counter()
         while engine.has_work and len(seconds) < most_steps:
-            engine.step()
+            if not engine.step():
+                time.sleep(0.001)  # as an engine process does: adapters are on their way, in threads
+                continue
             now = time.perf_counter()
             seconds.append(now - last)
             last = now

@@ -30,6 +30,7 @@ from loramux_kernels import (
 from loramux_kernels.add_rms_norm import add_rms_norm_reference
 from loramux_kernels.gated_activation import gated_activation_reference
 from loramux_kernels.linear import gated_linear_reference, linear_reference
+from loramux_kernels.lora_plan import plan_rows
 
 BEYOND_L2 = 256 << 20  # bytes between two reads of the same: some times the 50 to 60 MB of L2
 
@@ -151,11 +152,7 @@ class Pool:
     def rows(self, mix: Mix, shift: int) -> LoraRows:
         """The rows of a mix, with other adapters for each shift."""
         slots = [slot + shift for slot in mix.slots]
-        on_device = torch.tensor(slots, dtype=torch.int32, device=self.shape.device)
-        if mix.rows_in_segment == 1:
-            return LoraRows(on_device)
-        segments = torch.tensor(_segments(slots, mix.rows_in_segment), dtype=torch.int32).t().contiguous()
-        return LoraRows(on_device, segments.to(self.shape.device), mix.rows_in_segment)
+        return plan_rows(slots, self.ranks, mix.rows_in_segment, torch.device(self.shape.device))
 
     def layer(self, inputs: Sequence[Tensor], rows: LoraRows, layer: int) -> list[Tensor]:
         """The deltas of a layer's sites."""
@@ -175,7 +172,7 @@ class Pool:
         outs, first = [], 0
         for x, site in zip(inputs, self.shape.sites, strict=True):
             runs = []
-            for start, end, slot in _segments(slots, len(slots)):
+            for start, end, slot in _runs(slots):
                 parts = []
                 for target, width in enumerate(site.widths, first):
                     a = self.tile(self.weights.a_offsets, slot, target, site.inner)
@@ -187,14 +184,13 @@ class Pool:
         return outs
 
 
-def _segments(slots: Sequence[int], most: int) -> list[tuple[int, int, int]]:
-    """First row, last row and slot of runs, cut to `most` rows."""
-    segments, start = [], 0
+def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First row, last row (exclusive) and slot of the rows of each adapter."""
+    runs, start = [], 0
     for slot, run in groupby(slots):
-        end = start + len(list(run))
-        segments += [(row, min(row + most, end), slot) for row in range(start, end, most)]
+        runs.append((start, end := start + len(list(run)), slot))
         start = end
-    return segments
+    return runs
 
 
 def lora_cases(shape: Shape, names: Sequence[str]) -> Iterator[Case]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_devices import DEVICES, TOLERANCE
+from kernel_devices import DEVICES, TOLERANCE, device_cases
 from torch import Tensor
 
-from loramux_kernels import AttentionBatch, RotaryLayer, SplitCounters, add_rms_norm, decode_attention, rotate_and_store
+from loramux_kernels import (
+    AttentionBatch,
+    RotaryLayer,
+    SplitCounters,
+    add_rms_norm,
+    decode_attention,
+    decode_attention_triton,
+    rotate_and_store,
+)
 from loramux_kernels.add_rms_norm import add_rms_norm_reference
 from loramux_kernels.decode_attention import decode_attention_reference, num_splits
 from loramux_kernels.rotary import rotate_and_store_reference
@@ -93,10 +101,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_decode_attention(device, dtype, case):
-    heads, kv_heads, head_dim, contexts, more = case
+DECODE_CASES = {f"{case}, {splits} splits": (*CASES[case], splits) for case in CASES for splits in (1, 2, 4, 8, 16)}
+INTERPRETED = {
+    "float32": [
+        "one of many, 1 splits",
+        "grouped, 1 splits",
+        "odd group, 2 splits",
+        "window, 1 splits",
+        "window and splits, 8 splits",
+        "splits, 16 splits",
+    ],
+    "float16": ["grouped, 2 splits", "odd group, 1 splits"],
+}
+
+
+@pytest.mark.parametrize(("device", "dtype", "case"), device_cases(DECODE_CASES, **INTERPRETED))
+def test_decode_attention(device, dtype, case, monkeypatch):
+    heads, kv_heads, head_dim, contexts, more, splits = case
+    monkeypatch.setattr(decode_attention_triton, "num_splits", lambda num_rows, num_kv_heads: splits)
     mine = Layer(heads, kv_heads, head_dim, contexts, dtype, device, **more)
     reference = mine.on_cpu()
     expected = decode_attention_reference(

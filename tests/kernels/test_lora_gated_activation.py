@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from kernel_devices import DEVICES, TOLERANCE
-from loramux_kernels import Activation, LoraRows, gated_activation, lora_delta, lora_gated_activation
-from test_lora_kernels import IN, MIXES, Pool, grouped
+from test_lora_kernels import IN, MIXES, RANKS, Pool
+
+from loramux_kernels import Activation, gated_activation, lora_delta, lora_gated_activation
+from loramux_kernels.lora_plan import plan_rows
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
@@ -19,8 +20,7 @@ def test_is_the_activation_of_the_sums(device, dtype, mix, most_in_segment):
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(len(slots), IN, generator=generator).to(dtype).to(device)
     gate_up = torch.randn(len(slots), 2 * width, generator=generator).to(dtype).to(device)
-    segments = grouped(slots, most_in_segment, unused=2).to(device)
-    rows = LoraRows(torch.tensor(slots, dtype=torch.int32, device=device), segments, most_in_segment)
+    rows = plan_rows(slots, RANKS, most_in_segment, torch.device(device))
     delta = lora_delta(x, pool.weights, rows, pool.site)
     expected = gated_activation((gate_up.float() + delta.float()), Activation.SILU).double()
     out = lora_gated_activation(x, gate_up, pool.weights, rows, pool.site, Activation.SILU)

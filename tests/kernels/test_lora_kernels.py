@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_devices import DEVICES, TOLERANCE
+from kernel_devices import TOLERANCE, device_cases
 from torch import Tensor
 
-from loramux_kernels import LoraRows, LoraSite, LoraWeights, lora_delta, lora_delta_add_
+from loramux_kernels import LoraSite, LoraWeights, lora_delta, lora_delta_add_
+from loramux_kernels.lora_plan import plan_rows
 
 IN = 640  # more than one piece of the shrink, and a ragged one
 WIDTHS = [(48,), (96, 32), (160, 48, 16)]
-RANKS = (4, 16, 1, 40, 0)  # of the slots; the last has an adapter that does not touch the site
+RANKS = (4, 16, 1, 40, 0, 150)  # of the slots: one does not touch the site, and the work on the last is divided
 
 
 class Pool:
@@ -57,35 +58,34 @@ class Pool:
         return torch.stack(rows)
 
 
-def grouped(slots: list[int], most: int, unused: int) -> Tensor:
-    """The segments of rows that are sorted by slot."""
-    segments: list[tuple[int, int, int]] = []
-    for row, slot in enumerate(slots):
-        if segments and segments[-1][2] == slot and row - segments[-1][0] < most:
-            segments[-1] = (segments[-1][0], row + 1, slot)
-        else:
-            segments.append((row, row + 1, slot))
-    return torch.tensor([*segments, *[(0, 0, -1)] * unused], dtype=torch.int32).t().contiguous()
-
-
 MIXES = {
     "one row": [3],
     "no adapter": [-1, -1, -1],
-    "all distinct": [0, 1, 2, 3, 4, -1],
-    "runs": [-1] * 2 + [0] * 3 + [1] * 17 + [3] * 5 + [4] * 2,
+    "one row of large rank": [5],
+    "all distinct": [-1, 0, 1, 2, 3, 4, 5],
+    "runs": [-1] * 2 + [0] * 3 + [1] * 17 + [3] * 5 + [4] * 2 + [5] * 18,
 }
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("slots", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("widths", WIDTHS, ids=len)
-@pytest.mark.parametrize("most_in_segment", [1, 16, 64])
-def test_each_row_gets_its_own_adapter(device, dtype, slots, widths, most_in_segment):
+CASES = {
+    f"{mix}, {len(widths)} targets, {'by row' if most == 1 else f'segments of {most}'}": (slots, widths, most)
+    for mix, slots in MIXES.items()
+    for widths in WIDTHS
+    for most in (1, 16, 64)
+}
+INTERPRETED = {
+    "float32": [name for name in CASES if "3 targets" in name or (name == "runs, 2 targets, segments of 64")]
+    + [f"one row, {targets} targets, {how}" for targets in (1, 2) for how in ("by row", "segments of 16")],
+    "float16": [f"runs, 2 targets, {how}" for how in ("by row", "segments of 16", "segments of 64")],
+}
+
+
+@pytest.mark.parametrize(("device", "dtype", "case"), device_cases(CASES, **INTERPRETED))
+def test_each_row_gets_its_own_adapter(device, dtype, case):
+    slots, widths, most_in_segment = case
     pool = Pool(widths, dtype, device)
     x = torch.randn(len(slots), IN, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
-    on_device = torch.tensor(slots, dtype=torch.int32, device=device)
-    segments = grouped(slots, most_in_segment, unused=2).to(device)
-    rows = LoraRows(on_device) if most_in_segment == 1 else LoraRows(on_device, segments, most_in_segment)
+    rows = plan_rows(slots, RANKS, most_in_segment, torch.device(device))
     expected = pool.expected(x, slots)
 
     delta = lora_delta(x, pool.weights, rows, pool.site)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kernel_devices import DEVICES
+from kernel_devices import DEVICES, device_cases
 
 from loramux_kernels import AttentionBatch, paged_attention, store_kv
 
@@ -124,11 +124,13 @@ BATCHES = {
     "mixed": ([90, 40, 3, 17, 70], [33, 1, 3, 1, 64]),
 }
 MASKS = [(None, None), (21, None), (None, 3.0), (50, 2.0)]
-CASES = [
-    pytest.param(shape, kind, *MASKS[(i + j) % len(MASKS)], id=f"{kind}-{'-'.join(map(str, shape))}")
+CASES = {
+    f"{kind}-{'-'.join(map(str, shape))}": (shape, kind, *MASKS[(i + j) % len(MASKS)])
     for i, shape in enumerate(SHAPES)
     for j, kind in enumerate(BATCHES)
-]
+}
+HALF_CASES = ["decode-14-2-80-16", "mixed-4-2-24-8", "prefill-3-1-64-16"]  # in the interpreter
+SPLIT_CASES = {f"{splits} splits, window {window}": (splits, window) for splits in (1, 2, 8) for window in (None, 100)}
 
 
 def on_triton(paged, device, **options):
@@ -138,9 +140,9 @@ def on_triton(paged, device, **options):
     return paged_attention_triton.paged_attention(*paged.on(device), **options)
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize(("shape", "kind", "window", "softcap"), CASES)
-def test_the_kernel_matches_the_naive_loop(device, dtype, shape, kind, window, softcap):
+@pytest.mark.parametrize(("device", "dtype", "case"), device_cases(CASES, float16=HALF_CASES))
+def test_the_kernel_matches_the_naive_loop(device, dtype, case):
+    shape, kind, window, softcap = case
     heads, kv_heads, dim, block_size = shape
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "block_size": block_size, "dtype": dtype}
     # what lies beyond a context may be anything: another sequence's adapter may have overflowed there
@@ -150,10 +152,9 @@ def test_the_kernel_matches_the_naive_loop(device, dtype, shape, kind, window, s
     paged.check(out, dtype, scale=scale, window=window, softcap=softcap)
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("splits", [1, 2, 8])
-@pytest.mark.parametrize("window", [None, 100])
-def test_programs_share_a_context(device, dtype, splits, window):
+@pytest.mark.parametrize(("device", "dtype", "case"), device_cases(SPLIT_CASES, float16=["2 splits, window None"]))
+def test_programs_share_a_context(device, dtype, case):
+    splits, window = case
     shape = {"heads": 6, "kv_heads": 2, "dim": 80, "block_size": 16, "dtype": dtype}
     paged = Paged([700, 130, 64, 1], [1, 1, 1, 1], padding=(1, 1), poison=math.nan, **shape)
     out = on_triton(paged, device, scale=0.1, sliding_window=window, splits=splits)

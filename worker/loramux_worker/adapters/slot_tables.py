@@ -37,7 +37,8 @@ class SlotTables:
 
     `a_offsets` and `b_offsets` int64 [max_slots, num_targets], in elements, and `ranks` int32 [max_slots, num_targets]
     lie on the device; rank 0 means that the slot's adapter does not touch the module, and a free slot touches none.
-    `host_*` are the same as numpy arrays. Changes are enqueued on the device's current stream.
+    `host_*` are the same as numpy arrays, `host_largest` has the largest rank of each slot. Changes are enqueued on the
+    device's current stream.
     """
 
     def __init__(self, max_slots: int, num_targets: int, device: torch.device) -> None:
@@ -45,6 +46,7 @@ class SlotTables:
         self.host_a_offsets = np.zeros(shape, np.int64)
         self.host_b_offsets = np.zeros(shape, np.int64)
         self.host_ranks = np.zeros(shape, np.int32)
+        self.host_largest = np.zeros(max_slots, np.int32)
         self.a_offsets = torch.zeros(shape, dtype=torch.int64, device=device)
         self.b_offsets = torch.zeros(shape, dtype=torch.int64, device=device)
         self.ranks = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -54,11 +56,12 @@ class SlotTables:
         self.host_a_offsets[slot, modules.targets] = modules.a_offsets + offset
         self.host_b_offsets[slot, modules.targets] = modules.b_offsets + offset
         self.host_ranks[slot, modules.targets] = modules.ranks
+        self.host_largest[slot] = modules.ranks.max(initial=0)
         self._upload(slot)
 
     def clear(self, slot: int) -> None:
         """The slot is free."""
-        self.host_a_offsets[slot] = self.host_b_offsets[slot] = self.host_ranks[slot] = 0
+        self.host_a_offsets[slot] = self.host_b_offsets[slot] = self.host_ranks[slot] = self.host_largest[slot] = 0
         self._upload(slot)
 
     def _upload(self, slot: int) -> None:

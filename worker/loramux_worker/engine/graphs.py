@@ -24,6 +24,8 @@ _MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 ROWS_IN_SEGMENT = 16  # tokens of one adapter that a program of the LoRA kernels takes in a small step
 _SHARE = 4  # rows of one adapter, on average, from which LoRA by segment is better than row by row
 
+SPARE_SEGMENTS = 60  # so that the work of four segments of large rank can be divided
+
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
@@ -107,7 +109,8 @@ class StepGraphs:
     def _shape(self, rows: int, *, decode: bool, by_segment: bool) -> StepShape:
         shape = StepShape(rows, rows) if decode else StepShape(rows, min(rows, self._most_sequences), 0, 1, rows)
         if by_segment:
-            shape = replace(shape, segments=max(1, rows // _SHARE), rows_in_segment=ROWS_IN_SEGMENT)
+            segments = rows // _SHARE + SPARE_SEGMENTS
+            shape = replace(shape, segments=segments, rows_in_segment=ROWS_IN_SEGMENT)
         return shape
 
     def _keys(self) -> Sequence[GraphKey]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loramux_kernels import AttentionBatch, LoraRows
+from loramux_kernels.lora import PARTS
 from loramux_worker.engine.block_tables import BlockTables
 
 _ALIGNMENT = 4  # elements of a vector load
@@ -51,8 +52,15 @@ class StepShape:
             "table_rows": self.sequences,
             "logit_rows": self.sequences,
             "logit_adapters": self.sequences,
-            "segments": 3 * self.segments,
+            "num_units": 1,
+            "units": self.units,
+            "segments": 4 * self.segments,
         }
+
+    @property
+    def units(self) -> int:
+        """Room for a unit of LoRA work for each row, and for the parts of some adapters of large rank."""
+        return 2 * self.tokens + PARTS
 
 
 class StepInputs:
@@ -83,8 +91,9 @@ class StepInputs:
 
     def lora_rows(self) -> LoraRows:
         """The adapter of every row."""
-        segments = self.device["segments"].view(3, -1) if self.shape.segments else None
-        return LoraRows(self.device["adapters"], segments, self.shape.rows_in_segment)
+        segments = self.device["segments"].view(4, -1) if self.shape.segments else None
+        units, count = self.device["units"], self.device["num_units"]
+        return LoraRows(self.device["adapters"], units, count, segments, self.shape.rows_in_segment)
 
 
 class InputBuffers:
@@ -92,6 +101,7 @@ class InputBuffers:
 
     def __init__(self, largest: StepShape, most_updates: int, device: torch.device) -> None:
         capacity = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in largest.sizes.values())
+        self.most_segments = largest.segments
         self._updates_at = capacity
         capacity += 2 * most_updates
         self._most_updates = most_updates

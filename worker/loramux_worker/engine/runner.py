@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from loramux_kernels import LoraWeights
+from loramux_kernels.lora_plan import NO_ADAPTER, Segment, divide
 from loramux_kernels.pending_tokens import pending_tokens
 from loramux_worker.adapters.residency import AdapterResidency
 from loramux_worker.engine.block_tables import BlockTables
-from loramux_worker.engine.graphs import ROWS_IN_SEGMENT, GraphKey, StepGraphs, prefers_segments
+from loramux_worker.engine.graphs import ROWS_IN_SEGMENT, SPARE_SEGMENTS, GraphKey, StepGraphs, prefers_segments
 from loramux_worker.engine.in_flight import InFlightStep
 from loramux_worker.engine.inputs import InputBuffers, StepInputs, StepShape
 from loramux_worker.engine.pending_sample import PendingSample
 from loramux_worker.engine.sampler import Sampler
 from loramux_worker.engine.sequence import Sequence
-from loramux_worker.engine.step_plan import NO_ADAPTER, SlotRun, StepPlan, cut, fill
+from loramux_worker.engine.step_plan import SlotRun, StepPlan, cut, fill
 from loramux_worker.model.context import StepBatch, StepLora
 from loramux_worker.model.loader import ServedModel
 from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
@@ -32,7 +33,7 @@ class _Form(NamedTuple):
     """How a step is computed."""
 
     shape: StepShape
-    segments: list[SlotRun]
+    segments: list[Segment]  # empty where LoRA goes row by row
     graph: GraphKey | None  # None: kernel by kernel
     edges: bool  # an adapter touches the embedding or the head
 
@@ -65,13 +66,14 @@ class Runner:
         most_tokens = max(limits.max_batched_tokens, most_sequences)
         most_blocks = -(-limits.max_model_len // block_size)
         self._tables = BlockTables(most_sequences, most_blocks, num_blocks, model.device)
-        largest = StepShape(most_tokens, most_sequences, segments=most_tokens)
+        largest = StepShape(most_tokens, most_sequences, segments=most_tokens + SPARE_SEGMENTS)
         self._buffers = InputBuffers(largest, _MOST_UPDATES, model.device)
         self._sampled = torch.zeros(most_sequences, dtype=torch.int64, device=model.device)
         tables = adapters.pool.tables
         self._weights = LoraWeights(
             adapters.pool.elements, tables.a_offsets, tables.b_offsets, tables.ranks, max_lora_rank
         )
+        self._ranks = tables.host_largest
         self._logits: Tensor | None = None
         self.graphs: StepGraphs | None = None
 
@@ -99,7 +101,7 @@ class Runner:
         plan = StepPlan.of(step.chunks, self._slot)
         form = self._form(plan)
         inputs = self._buffers.begin(form.shape)
-        fill(inputs, plan, form.segments, self._tables, self._block_size, previous)
+        fill(inputs, plan, form.segments, self._tables, self._ranks, self._block_size, previous)
         self._buffers.send(inputs, self._tables)
         if form.graph is not None and self.graphs is not None:
             logits = self.graphs.replay(form.graph)
@@ -126,12 +128,13 @@ class Runner:
         if self.graphs is not None and not edges:
             key = self.graphs.find(plan.num_tokens, len(plan.chunks), len(pieces), most_query)
             if key is not None:
-                return _Form(key.shape, pieces, key, edges)
+                return _Form(key.shape, divide(pieces, self._ranks, key.shape.segments), key, edges)
         shape = StepShape(plan.num_tokens, len(plan.chunks), most_query_tokens=most_query)
         if plan.has_adapters and prefers_segments(plan.num_tokens, len(pieces)):
             rows = ROWS_IN_SEGMENT
             if len(long := cut(plan.runs(), _LONG_SEGMENT)) * _LONG_SEGMENT <= 2 * plan.num_tokens:
                 rows, pieces = _LONG_SEGMENT, long
+            pieces = divide(pieces, self._ranks, self._buffers.most_segments)
             shape = replace(shape, segments=len(pieces), rows_in_segment=rows)
         return _Form(shape, pieces, None, edges)
 
@@ -173,7 +176,7 @@ class Runner:
     def _prepare_capture(self, key: GraphKey) -> None:
         """Inputs that harm nobody: every row is padding."""
         inputs = self._buffers.begin(key.shape)
-        fill(inputs, StepPlan([], []), [], self._tables, self._block_size, None)
+        fill(inputs, StepPlan([], []), [], self._tables, self._ranks, self._block_size, None)
         self._buffers.send(inputs, self._tables)
 
     @torch.inference_mode()

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from loramux_kernels.lora_plan import NO_ADAPTER, Segment, lora_units
 from loramux_worker.engine.block_tables import BlockTables
 from loramux_worker.engine.in_flight import InFlightStep, pending_inputs
 from loramux_worker.engine.inputs import StepInputs
 from loramux_worker.engine.sequence import PENDING_TOKEN
 from loramux_worker.scheduler.step import Chunk
-
-NO_ADAPTER = -1
 
 
 class SlotRun(NamedTuple):
@@ -59,7 +58,7 @@ class StepPlan:
     @property
     def has_adapters(self) -> bool:
         """Whether any row has an adapter."""
-        return self.slots[-1] != NO_ADAPTER
+        return bool(self.slots) and self.slots[-1] != NO_ADAPTER
 
     def runs(self) -> list[SlotRun]:
         """Rows by adapter, those without one too."""
@@ -70,10 +69,10 @@ class StepPlan:
         return _runs([self.slots[i] for i in self.samples], [1] * len(self.samples))
 
 
-def cut(runs: Sequence[SlotRun], most: int) -> list[SlotRun]:
+def cut(runs: Sequence[SlotRun], most: int) -> list[Segment]:
     """The runs in pieces of at most `most` rows."""
     return [
-        SlotRun(start, min(start + most, run.end), run.slot)
+        Segment(start, min(start + most, run.end), run.slot)
         for run in runs
         for start in range(run.start, run.end, most)
     ]
@@ -82,12 +81,16 @@ def cut(runs: Sequence[SlotRun], most: int) -> list[SlotRun]:
 def fill(
     inputs: StepInputs,
     plan: StepPlan,
-    segments: Sequence[SlotRun],
+    segments: Sequence[Segment],
     tables: BlockTables,
+    ranks: NDArray[np.int32],
     block_size: int,
     previous: InFlightStep | None,
 ) -> None:
-    """Write the plan into the inputs on the host, and into what is left of them what harms nobody."""
+    """Write the plan into the inputs on the host, and into what is left of them what harms nobody.
+
+    `ranks` has the largest rank of each slot of the adapter pool.
+    """
     tokens, sequences = plan.num_tokens, len(plan.chunks)
     computed = np.fromiter((c.sequence.num_computed_tokens for c in plan.chunks), np.int32, sequences)
     rows = np.fromiter((tables.row_of(c.sequence) for c in plan.chunks), np.int32, sequences)
@@ -96,21 +99,24 @@ def fill(
     owner = np.repeat(np.arange(sequences), lengths)
     positions = np.arange(tokens, dtype=np.int32) + (computed - ends + lengths)[owner]
     blocks = tables.host[rows[owner], positions // block_size]
-    spare_slot = tables.spare_block * block_size
     samples = np.array(plan.samples, np.int64)
-    adapters = np.array(plan.slots, np.int32)
+    slots = np.array(plan.slots, np.int32)
     _put(inputs, "ids", np.array(_token_ids(plan), np.int32), 0)
     _put(inputs, "sources", _sources(plan, previous), -1)
     _put(inputs, "positions", positions, 0)
-    _put(inputs, "slot_mapping", blocks * block_size + positions % block_size, spare_slot)
-    _put(inputs, "adapters", adapters[owner], NO_ADAPTER)
+    _put(inputs, "slot_mapping", blocks * block_size + positions % block_size, tables.spare_block * block_size)
+    _put(inputs, "adapters", slots[owner], NO_ADAPTER)
     _put(inputs, "query_starts", np.concatenate(([0], ends)), tokens)
     _put(inputs, "context_lens", computed + lengths, 0)
     _put(inputs, "table_rows", rows, tables.spare_row)
     _put(inputs, "logit_rows", ends[samples] - 1, 0)
-    _put(inputs, "logit_adapters", adapters[samples], NO_ADAPTER)
+    _put(inputs, "logit_adapters", slots[samples], NO_ADAPTER)
+    if plan.has_adapters and not inputs.shape.segments:
+        units = lora_units(inputs.host["adapters"], ranks, inputs.shape.units)
+        inputs.host["num_units"][0] = len(units)
+        _put(inputs, "units", units, 0)
     if inputs.shape.segments:
-        padded = [*segments, *[SlotRun(0, 0, NO_ADAPTER)] * (inputs.shape.segments - len(segments))]
+        padded = [*segments, *[Segment(0, 0, NO_ADAPTER)] * (inputs.shape.segments - len(segments))]
         inputs.host["segments"][:] = np.array(padded, np.int32).T.reshape(-1)
 
 
