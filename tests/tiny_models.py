@@ -87,7 +87,8 @@ class Reference:
     """Hugging Face PEFT's own answers."""
 
     def __init__(self, tiny: TinyModel) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32)
+        # the definition of each architecture: others may leave out what they cannot do, such as Gemma's soft-cap
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32, attn_implementation="eager")
         self._base = model
         if tiny.adapter_ids:
             first, *rest = tiny.adapter_ids

@@ -74,17 +74,21 @@ class LoraWeights:
 class LoraRows:
     """Which adapter each row of a batch has, and how the work is divided.
 
-    `slots` int32 [rows], -1 for none. Where few rows share an adapter, the kernels work through `units` int32 [any],
-    `row · 32 + part`, of which `num_units` int32 [1] are in use: first one for each row, then further parts of rows
-    whose rank is large. Where many do, through `segments` int32 [4, n]: first row, last row (exclusive), slot and part
-    of runs of at most `most_in_segment` rows that together cover all rows; unused ones at the end are empty.
+    `slots` int32 [rows], -1 for none. Where many rows share an adapter, `segments` int32 [4, n]: first row, last row
+    (exclusive), slot and part of runs of at most `most_in_segment` rows that together cover all rows; unused ones at
+    the end are empty. Without them the kernels work row by row.
+
+    Where an adapter's rank is large, the work is `divided`: into the parts that segments name, or row by row into
+    `units` int32 [any], `row · 32 + part`, of which `num_units` int32 [1] are in use: first one for each row, then
+    further parts of rows whose rank is large.
     """
 
     slots: Tensor
-    units: Tensor
-    num_units: Tensor
     segments: Tensor | None = None
     most_in_segment: int = 1
+    divided: bool = False
+    units: Tensor | None = None
+    num_units: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

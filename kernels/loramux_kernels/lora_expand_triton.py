@@ -16,7 +16,7 @@ from loramux_kernels.backend import pdl
 from loramux_kernels.gated_activation import Activation
 from loramux_kernels.gated_activation_triton import activate
 from loramux_kernels.lora import PARTS, RANK_PAGE, WHOLE, LoraRows, LoraSite, LoraWeights
-from loramux_kernels.lora_shrink_triton import adapter_tile, precision, program_rows
+from loramux_kernels.lora_shrink_triton import adapter_tile, precision, program_rows, units
 
 _R = tl.constexpr(RANK_PAGE)
 _WHOLE = tl.constexpr(WHOLE)
@@ -103,36 +103,61 @@ def _by_row(
     partials, elements, b_offsets, ranks, slots, units, num_units, out, target, T,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, PIECES: tl.constexpr, SLICES: tl.constexpr,
     NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, ADD: tl.constexpr, ALL_PIECES: tl.constexpr, BN: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     u = tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-    count = tl.load(num_units)
-    if u >= count:
-        return
-    unit = tl.load(units + u)
-    t, part = unit // 32, unit % 32
+    t = u
+    if DIVIDED:
+        count = tl.load(num_units)
+        if u >= count:
+            return
+        unit = tl.load(units + u)
+        t, part = unit // 32, unit % 32
     s, first, width, column = _slice(tl.program_id(0), W0, W1, W2, BN)
     b, rank = adapter_tile(elements, b_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
     r, n = tl.arange(0, _R), first + tl.arange(0, BN)
-    early = tl.where(part == _WHOLE, rank, 0)
+    early = rank
+    if DIVIDED:
+        early = tl.where(part == _WHOLE, rank, 0)
     tile = tl.load(b + r[:, None] * width + n[None, :], mask=(r[:, None] < early) & (n[None, :] < width), other=0.0)
     if PDL:
         gdc_wait()
     STRIDE: tl.constexpr = SLICES * RANKS
     WIDTH: tl.constexpr = W0 + W1 + W2
     h, o = partials + (s * T + t).to(tl.int64) * RANKS, out + t.to(tl.int64) * WIDTH + column
-    if part == _WHOLE:
-        _expand_whole(b, tile, rank, n, width, h, o, T, PIECES, ALL_PIECES, STRIDE, ADD)
+    if DIVIDED:
+        if part == _WHOLE:
+            _expand_whole(b, tile, rank, n, width, h, o, T, PIECES, ALL_PIECES, STRIDE, ADD)
+        else:
+            _expand_part(b, rank, part, first, width, h, o, T, BN, COLUMNS, PIECES, ALL_PIECES, STRIDE, ADD)
+        for more in range(u + tl.num_programs(1), count, tl.num_programs(1)):  # these are parts: rows come first
+            unit = tl.load(units + more)
+            t, part = unit // 32, unit % 32
+            b, rank = adapter_tile(elements, b_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
+            h, o = partials + (s * T + t).to(tl.int64) * RANKS, out + t.to(tl.int64) * WIDTH + column
+            _expand_part(b, rank, part, first, width, h, o, T, BN, COLUMNS, PIECES, ALL_PIECES, STRIDE, ADD)
     else:
-        _expand_part(b, rank, part, first, width, h, o, T, BN, COLUMNS, PIECES, ALL_PIECES, STRIDE, ADD)
-    for more in range(u + tl.num_programs(1), count, tl.num_programs(1)):  # these are parts: rows come first
-        unit = tl.load(units + more)
-        t, part = unit // 32, unit % 32
-        b, rank = adapter_tile(elements, b_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
-        h, o = partials + (s * T + t).to(tl.int64) * RANKS, out + t.to(tl.int64) * WIDTH + column
-        _expand_part(b, rank, part, first, width, h, o, T, BN, COLUMNS, PIECES, ALL_PIECES, STRIDE, ADD)
+        _expand_whole(b, tile, rank, n, width, h, o, T, PIECES, ALL_PIECES, STRIDE, ADD)
+
+
+@triton.jit
+def _segment_part(
+    b, rank, part, first, width, h, o, m_in, T,
+    BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A segment's delta over one part of a block's columns."""
+    r, c = tl.arange(0, _TALL), part * COLUMNS + tl.arange(0, COLUMNS)
+    mine = (c < BN) & (first + c < width)
+    y = tl.zeros((BM, COLUMNS), tl.float32)
+    for page in tl.range(0, rank, _TALL, num_stages=1):
+        hidden = _hidden_rows(h + page + r[None, :], m_in & (r[None, :] < rank - page), T, PIECES, STRIDE)
+        inside = (r[:, None] < rank - page) & mine[None, :]
+        tile = tl.load(b + (page + r[:, None]) * width + (first + c)[None, :], mask=inside, other=0.0)
+        y = tl.dot(hidden.to(tile.dtype), tile, y, input_precision=PRECISION)
+    _put(o + (first + c)[None, :], y, m_in & mine[None, :], rank, ADD)
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
@@ -140,7 +165,7 @@ def _by_segment(
     partials, elements, b_offsets, ranks, segments, out, target, T, G,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, PIECES: tl.constexpr, SLICES: tl.constexpr,
     NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr,
-    BM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(1)
     if PDL:
@@ -148,38 +173,31 @@ def _by_segment(
     start, end = tl.load(segments + g), tl.load(segments + G + g)
     if start >= end:
         return
-    part = tl.load(segments + 3 * G + g)
     s, first, width, column = _slice(tl.program_id(0), W0, W1, W2, BN)
     b, rank = adapter_tile(elements, b_offsets, ranks, tl.load(segments + 2 * G + g), target + s, NUM_TARGETS)
     r, n, m = tl.arange(0, _R), first + tl.arange(0, BN), start + tl.arange(0, BM)
-    early = tl.where(part == _WHOLE, rank, 0)
-    tile = tl.load(b + r[:, None] * width + n[None, :], mask=(r[:, None] < early) & (n[None, :] < width), other=0.0)
-    if PDL:
-        gdc_wait()
     STRIDE: tl.constexpr = SLICES * RANKS
+    m_in = m[:, None] < end
     h = partials + (s * T + m[:, None]).to(tl.int64) * RANKS
     o = out + m[:, None].to(tl.int64) * (W0 + W1 + W2) + column
-    if part == _WHOLE:
-        y = tl.zeros((BM, BN), tl.float32)
-        for page in range(0, rank, _R):
-            known = (m[:, None] < end) & (r[None, :] < rank - page)
-            hidden = _hidden_rows(h + page + r[None, :], known, T, PIECES, STRIDE)
-            y = tl.dot(hidden.to(tile.dtype), tile, y, input_precision=PRECISION)
-            ahead = page + _R
-            more = (r[:, None] < rank - ahead) & (n[None, :] < width)
-            tile = tl.load(b + (ahead + r[:, None]) * width + n[None, :], mask=more, other=0.0)
-        _put(o + n[None, :], y, (m[:, None] < end) & (n[None, :] < width), rank, ADD)
-    else:
-        tall, c = tl.arange(0, _TALL), part * COLUMNS + tl.arange(0, COLUMNS)
-        mine = (c < BN) & (first + c < width)
-        z = tl.zeros((BM, COLUMNS), tl.float32)
-        for page in tl.range(0, rank, _TALL, num_stages=1):  # not pipelined: all programs would pay the shared memory
-            known = (m[:, None] < end) & (tall[None, :] < rank - page)
-            hidden = _hidden_rows(h + page + tall[None, :], known, T, PIECES, STRIDE)
-            inside = (tall[:, None] < rank - page) & mine[None, :]
-            piece = tl.load(b + (page + tall[:, None]) * width + (first + c)[None, :], mask=inside, other=0.0)
-            z = tl.dot(hidden.to(piece.dtype), piece, z, input_precision=PRECISION)
-        _put(o + (first + c)[None, :], z, (m[:, None] < end) & mine[None, :], rank, ADD)
+    if DIVIDED:
+        part = tl.load(segments + 3 * G + g)
+        if part != _WHOLE:
+            if PDL:
+                gdc_wait()
+            _segment_part(b, rank, part, first, width, h, o, m_in, T, BM, BN, COLUMNS, PIECES, STRIDE, ADD, PRECISION)
+            return
+    tile = tl.load(b + r[:, None] * width + n[None, :], mask=(r[:, None] < rank) & (n[None, :] < width), other=0.0)
+    if PDL:
+        gdc_wait()
+    y = tl.zeros((BM, BN), tl.float32)
+    for page in range(0, rank, _R):
+        hidden = _hidden_rows(h + page + r[None, :], m_in & (r[None, :] < rank - page), T, PIECES, STRIDE)
+        y = tl.dot(hidden.to(tile.dtype), tile, y, input_precision=PRECISION)
+        ahead = page + _R
+        more = (r[:, None] < rank - ahead) & (n[None, :] < width)
+        tile = tl.load(b + (ahead + r[:, None]) * width + n[None, :], mask=more, other=0.0)
+    _put(o + n[None, :], y, m_in & (n[None, :] < width), rank, ADD)
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
@@ -192,7 +210,7 @@ def _gated_by_segment(
     if PDL:
         gdc_launch_dependents()
     start, end, part = tl.load(segments + g), tl.load(segments + G + g), tl.load(segments + 3 * G + g)
-    if start >= end or (part != _WHOLE and part > 0):  # the first part does all: rows are many here
+    if start >= end or (part > 0 and part != _WHOLE):  # the first part does all: there are programs enough
         return
     slot = tl.load(segments + 2 * G + g)
     gate_b, gate_rank = adapter_tile(elements, b_offsets, ranks, slot, target, NUM_TARGETS)
@@ -237,6 +255,7 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
         "ADD": add,
         "BN": block,
         "COLUMNS": max(16, block // PARTS),
+        "DIVIDED": rows.divided,
         "PDL": use_pdl,
         "launch_pdl": use_pdl,
     }
@@ -244,10 +263,9 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
     shared = (partials, weights.elements, weights.b_offsets, weights.ranks)
     num_rows = out.shape[0]
     if rows.segments is None:
-        units = (rows.slots, rows.units, rows.num_units)
         pieces = triton.next_power_of_2(partials.shape[0])
-        _by_row[(blocks, program_rows(num_rows))](
-            *shared, *units, out, site.target, num_rows, ALL_PIECES=pieces, **constants, num_warps=2
+        _by_row[(blocks, program_rows(rows))](
+            *shared, *units(rows), out, site.target, num_rows, ALL_PIECES=pieces, **constants, num_warps=2
         )
         return
     num_segments = rows.segments.shape[1]

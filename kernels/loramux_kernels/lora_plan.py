@@ -79,7 +79,7 @@ def plan_rows(slots: Sequence[int], ranks: Sequence[int], most_in_segment: int, 
     def send(values: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(device)
 
-    units = lora_units(adapters, largest, 16 * len(slots))
+    divided = bool((largest[adapters[adapters != NO_ADAPTER]] > LARGE_RANK).any())
     segments = None
     if most_in_segment > 1:
         starts = [i for i, slot in enumerate(slots) if not i or slot != slots[i - 1]]
@@ -90,4 +90,8 @@ def plan_rows(slots: Sequence[int], ranks: Sequence[int], most_in_segment: int, 
             for at in range(start, end, most_in_segment)
         ]
         segments = send(np.array(divide(pieces, largest, 16 * len(pieces)), np.int32).T)
-    return LoraRows(send(adapters), send(units), send(np.array([len(units)], np.int32)), segments, most_in_segment)
+    elif divided:
+        units = lora_units(adapters, largest, 16 * len(slots))
+        count = np.array([len(units)], np.int32)
+        return LoraRows(send(adapters), divided=True, units=send(units), num_units=send(count))
+    return LoraRows(send(adapters), segments, most_in_segment, divided)

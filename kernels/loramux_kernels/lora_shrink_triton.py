@@ -58,15 +58,17 @@ def _shrink_row(a, tile, rank, page, step, x, h, k, K: tl.constexpr):
 def _by_row(
     x, elements, a_offsets, ranks, slots, units, num_units, partials, target, T,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr,
-    PDL: tl.constexpr,
+    DIVIDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     piece, s, u = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.load(num_units)
-    if u >= count:  # unused: others wait, and the next kernel for them
-        return
-    unit = tl.load(units + u)
-    t = unit // 32
-    page, step = _pages(unit % 32)
+    t, page, step = u, 0, _R
+    if DIVIDED:
+        count = tl.load(num_units)
+        if u >= count:  # unused: others wait, and the next kernel for them
+            return
+        unit = tl.load(units + u)
+        t = unit // 32
+        page, step = _pages(unit % 32)
     a, rank = adapter_tile(elements, a_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
     r, k = tl.arange(0, _R), piece * BK + tl.arange(0, BK)
     inside = (r[:, None] < rank - page) & (k[None, :] < K)
@@ -76,28 +78,31 @@ def _by_row(
         gdc_launch_dependents()
     h = partials + ((piece * SLICES + s) * T).to(tl.int64) * RANKS
     _shrink_row(a, tile, rank, page, step, x + t.to(tl.int64) * K, h + t * RANKS, k, K)
-    for more in range(u + tl.num_programs(2), count, tl.num_programs(2)):  # parts of large ranks
-        unit = tl.load(units + more)
-        t = unit // 32
-        page, step = _pages(unit % 32)
-        a, rank = adapter_tile(elements, a_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
-        inside = (r[:, None] < rank - page) & (k[None, :] < K)
-        tile = tl.load(a + (page + r[:, None]) * K + k[None, :], mask=inside, other=0.0)
-        _shrink_row(a, tile, rank, page, step, x + t.to(tl.int64) * K, h + t * RANKS, k, K)
+    if DIVIDED:
+        for more in range(u + tl.num_programs(2), count, tl.num_programs(2)):  # parts of large ranks
+            unit = tl.load(units + more)
+            t = unit // 32
+            page, step = _pages(unit % 32)
+            a, rank = adapter_tile(elements, a_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
+            inside = (r[:, None] < rank - page) & (k[None, :] < K)
+            tile = tl.load(a + (page + r[:, None]) * K + k[None, :], mask=inside, other=0.0)
+            _shrink_row(a, tile, rank, page, step, x + t.to(tl.int64) * K, h + t * RANKS, k, K)
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
 def _by_segment(
     x, elements, a_offsets, ranks, segments, partials, target, T, G,
     K: tl.constexpr, PIECE: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr,
-    NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     piece, s, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(segments + g), tl.load(segments + G + g)
     if start >= end:
         return
     a, rank = adapter_tile(elements, a_offsets, ranks, tl.load(segments + 2 * G + g), target + s, NUM_TARGETS)
-    first, step = _pages(tl.load(segments + 3 * G + g))
+    first, step = 0, _R
+    if DIVIDED:
+        first, step = _pages(tl.load(segments + 3 * G + g))
     r, m = tl.arange(0, _R), start + tl.arange(0, BM)
     k = piece * PIECE + tl.arange(0, BK)
     if PIECE == BK:  # the first tile is on its way before the wait
@@ -134,12 +139,12 @@ def shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, part
     length = piece_length(width, rows.most_in_segment)
     shared = (x, weights.elements, weights.a_offsets, weights.ranks)
     constants = {"SLICES": len(site.widths), "NUM_TARGETS": weights.num_targets, "RANKS": partials.shape[-1]}
+    constants["DIVIDED"] = rows.divided
     launch = {"PDL": use_pdl, "num_warps": 4, "launch_pdl": use_pdl}
     grid = (partials.shape[0], len(site.widths))
     if rows.segments is None:
-        units = (rows.slots, rows.units, rows.num_units)
-        _by_row[(*grid, program_rows(num_rows))](
-            *shared, *units, partials, site.target, num_rows, K=width, BK=length, **constants, **launch
+        _by_row[(*grid, program_rows(rows))](
+            *shared, *units(rows), partials, site.target, num_rows, K=width, BK=length, **constants, **launch
         )
         return
     num_segments = rows.segments.shape[1]
@@ -160,9 +165,17 @@ def shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, part
     )
 
 
-def program_rows(num_rows: int) -> int:
+def units(rows: LoraRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots, units and their number, or any tensors where there are none."""
+    if rows.units is None or rows.num_units is None:
+        return rows.slots, rows.slots, rows.slots
+    return rows.slots, rows.units, rows.num_units
+
+
+def program_rows(rows: LoraRows) -> int:
     """Programs that divide the units among them: one for each row, and enough for the parts of one."""
-    return max(num_rows, PARTS)
+    count = rows.slots.shape[0]
+    return max(count, PARTS) if rows.divided else count
 
 
 def precision(tensor: Tensor) -> str:

@@ -61,23 +61,26 @@ def main() -> None:
         print(f"graphs: {figures['graphs']}", flush=True)
     adapters = rig.load_adapters([arguments.rank] * resident, modules)
     mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
-    for part in arguments.only.split(","):
-        if part == "steps":
-            figures["steps"] = _steps(rig, arguments.batches, mixes, adapter_bytes, bandwidth)
-        elif part == "prefill":
-            figures["prefill"] = _prefill(rig, mixes)
-        elif part == "alone":
-            figures["alone"] = _alone(rig, mixes)
-        elif part == "crowd":
-            adapters = rig.load_adapters([arguments.rank] * resident, modules)
-            figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
-        elif part == "ranks":
-            figures["ranks"] = _ranks(rig, modules, bandwidth)
-        elif part == "peft":
-            figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
-        else:
-            raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd or peft")
-    print(json.dumps({"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}))
+    try:
+        for part in arguments.only.split(","):
+            if part == "steps":
+                figures["steps"] = _steps(rig, arguments.batches, mixes, adapter_bytes, bandwidth)
+            elif part == "prefill":
+                figures["prefill"] = _prefill(rig, mixes)
+            elif part == "alone":
+                figures["alone"] = _alone(rig, mixes)
+            elif part == "crowd":
+                adapters = rig.load_adapters([arguments.rank] * resident, modules)
+                figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
+            elif part == "ranks":
+                figures["ranks"] = _ranks(rig, modules, bandwidth)
+            elif part == "peft":
+                figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
+            else:
+                raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd or peft")
+    finally:  # what was measured before an interruption is not lost
+        document = {"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}
+        print(json.dumps(document))
 
 
 def _steps(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable
 
-from loramux_worker.engine.build import EngineParts, build_engine
+from loramux_worker.engine.build import EngineParts, assemble, build_engine
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.engine.protocol import (
     AdapterReference,
@@ -16,25 +17,50 @@ from loramux_worker.engine.protocol import (
     Submit,
     TokenLogprobs,
 )
+from loramux_worker.model.loader import ServedModel
 from tiny_models import TinyModel
 
 EOS = 257
 
+_LIMITS: dict[str, dict[str, object]] = {
+    "cpu": {},
+    "cuda": {"max_batch_sequences": 16, "max_batched_tokens": 64},  # each engine captures a graph for each size
+}
+
 
 class Recorder:
-    """An engine in this process, and what it said about each sequence."""
+    """An engine in this process, and what it said about each sequence.
 
-    def __init__(self, model: TinyModel, device: str, *, pipeline_depth: int | None = None, **config: object) -> None:
+    `served` is the model where the test has made one itself; it is the engine's own afterwards.
+    """
+
+    def __init__(
+        self,
+        model: TinyModel,
+        device: str,
+        *,
+        pipeline_depth: int | None = None,
+        served: ServedModel | None = None,
+        **config: object,
+    ) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.finish_reasons: dict[int, str] = {}
         self.failures: dict[int, Failed] = {}
         self.logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self.timings: dict[int, SequenceTiming] = {}
-        self.parts: EngineParts = build_engine(
-            EngineConfig(model=str(model.path), device=device, dtype="float32", **config),
-            self._hear,
-            pipeline_depth=pipeline_depth,
-        )
+        settings = {"dtype": "float32", **_LIMITS[device], **config}
+        engine_config = EngineConfig(model=str(model.path), device=device, **settings)
+        self.parts: EngineParts
+        if served is None:
+            self.parts = build_engine(engine_config, self._hear, pipeline_depth=pipeline_depth)
+        else:
+            self.parts = assemble(engine_config, served, self._hear, pipeline_depth=pipeline_depth)
+
+    @property
+    def has_replayed_graphs(self) -> bool:
+        """Whether any step ran as a CUDA graph."""
+        graphs = self.parts.runner.graphs
+        return graphs is not None and graphs.last is not None
 
     def _hear(self, message: object) -> None:
         if isinstance(message, Outputs):
@@ -47,6 +73,20 @@ class Recorder:
             self.timings |= {timing.sequence_id: timing for timing in message.timings}
         elif isinstance(message, Failed):
             self.failures[message.sequence_id] = message
+
+    def load(self, references: Iterable[AdapterReference], seconds: float = 60.0) -> None:
+        """Wait until adapters are in memory: which steps follow then does not depend on how fast they came."""
+        adapters = self.parts.adapters
+        missing = {reference.key for reference in references}
+        for reference in references:
+            adapters.prefetch(reference)
+        until = time.monotonic() + seconds
+        while missing:
+            for loaded in adapters.poll():
+                assert loaded.error is None, loaded.error
+                missing.discard(loaded.key)
+            assert time.monotonic() < until, f"not loaded: {missing}"
+            time.sleep(0.001)
 
     def run(self, submissions: list[Submit], seconds: float = 300.0) -> None:
         """Submit in batches while stepping, until every sequence has ended."""

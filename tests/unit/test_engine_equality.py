@@ -21,14 +21,27 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("pipeline_depth", [0, 1])
-def test_tokens_equal_peft(model: TinyModel, device: str, pipeline_depth: int) -> None:
+WAYS = [
+    *(pytest.param("cpu", depth, False, id=f"cpu-{depth}") for depth in (0, 1)),
+    *(
+        pytest.param(
+            "cuda", depth, graphs, id=f"cuda-{depth}-{'graphs' if graphs else 'kernels'}", marks=pytest.mark.gpu
+        )
+        for depth in (0, 1)
+        for graphs in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("device", "pipeline_depth", "cuda_graphs"), WAYS)
+def test_tokens_equal_peft(model: TinyModel, device: str, pipeline_depth: int, cuda_graphs: bool) -> None:
     submissions = submissions_for(model, count=16, most_prompt=200, new_tokens=40, seed=1)
     kv_cache = kv_cache_bytes(model.path, num_blocks=40, block_size=8)
     recorder = Recorder(
         model,
         device,
         pipeline_depth=pipeline_depth,
+        cuda_graphs=cuda_graphs,
         max_batched_tokens=48,
         max_model_len=256,
         block_size=8,
@@ -37,6 +50,7 @@ def test_tokens_equal_peft(model: TinyModel, device: str, pipeline_depth: int) -
     )
     recorder.run(submissions)
     assert recorder.parts.engine.preemptions_total > 0, "the pool is small enough to force preemption"
+    assert recorder.has_replayed_graphs == cuda_graphs
     reference = model.reference()
     for s in submissions:
         adapter_id = None if s.adapter is None else s.adapter.adapter_id

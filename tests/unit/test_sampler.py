@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -133,11 +136,28 @@ def test_rows_of_the_usage_are_given_on(device: torch.device) -> None:
 
 def test_upload_and_download(device: torch.device) -> None:
     ints, floats = upload(device, [[1, -(2**63)], [], [2**63 - 1]], [[0.1], [], [float("inf"), -2.5]])
-    assert [download(t).tolist() for t in ints] == [[1, -(2**63)], [], [2**63 - 1]]
+    on_host = [download(t) for t in ints]
     if device.type == "cuda":
         torch.cuda.synchronize()
+    assert [t.tolist() for t in on_host] == [[1, -(2**63)], [], [2**63 - 1]]
     assert [t.tolist() for t in floats] == [[0.1], [], [float("inf"), -2.5]]
     assert {t.device.type for t in (*ints, *floats)} == {device.type}
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Inside it what stops the host until the device is done raises, as far as torch notices."""
+
+    def set_mode(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*prototype feature", UserWarning)  # the mode says it of itself
+            torch.cuda.set_sync_debug_mode(mode)
+
+    try:
+        set_mode("error")
+        yield
+    finally:
+        set_mode("default")
 
 
 @pytest.mark.gpu
@@ -146,9 +166,6 @@ def test_sampling_waits_for_nothing() -> None:
     sampler, sequences = Sampler(VOCAB, device), make_sequences(*ALL_KINDS)
     for step in range(3):
         logits = random_logits(len(ALL_KINDS), step, device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             pending = sample(sampler, logits, sequences)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert len(pending.wait()) == len(ALL_KINDS)

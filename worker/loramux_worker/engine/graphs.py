@@ -19,8 +19,8 @@ from loramux_worker.engine.inputs import StepShape
 
 log = structlog.get_logger(__name__)
 
-_DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+_DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_MIXED_ROWS = (32, 96, 160, 256, 512)
 ROWS_IN_SEGMENT = 16  # tokens of one adapter that a program of the LoRA kernels takes in a small step
 _SHARE = 4  # rows of one adapter, on average, from which LoRA by segment is better than row by row
 
@@ -90,10 +90,13 @@ class StepGraphs:
         graph.replay()
         return logits
 
-    def find(self, tokens: int, sequences: int, segments: int, most_query_tokens: int) -> GraphKey | None:
+    def find(
+        self, tokens: int, sequences: int, segments: int, most_query_tokens: int, *, divided: bool
+    ) -> GraphKey | None:
         """The smallest graph that has room; None when there is none.
 
-        `segments`: runs of rows with one adapter, cut to `ROWS_IN_SEGMENT`; 0 when no row has an adapter.
+        `segments`: runs of rows with one adapter, cut to `ROWS_IN_SEGMENT`; 0 when no row has an adapter. `divided`:
+        an adapter's rank is large.
         """
         decode = most_query_tokens == 1
         buckets = self._decode_rows if decode else self._mixed_rows
@@ -101,27 +104,33 @@ class StepGraphs:
         if index == len(buckets):
             return None
         by_segment = segments > 0 and prefers_segments(tokens, segments)
-        key = GraphKey(self._shape(buckets[index], decode=decode, by_segment=by_segment), lora=segments > 0)
+        plain = self._plain(buckets[index], decode=decode)
+        key = GraphKey(_with_lora(plain, by_segment=by_segment, divided=divided), lora=segments > 0)
         if sequences > key.shape.sequences or key not in self._graphs:
             return None
         return key
 
-    def _shape(self, rows: int, *, decode: bool, by_segment: bool) -> StepShape:
-        shape = StepShape(rows, rows) if decode else StepShape(rows, min(rows, self._most_sequences), 0, 1, rows)
-        if by_segment:
-            segments = rows // _SHARE + SPARE_SEGMENTS
-            shape = replace(shape, segments=segments, rows_in_segment=ROWS_IN_SEGMENT)
-        return shape
+    def _plain(self, rows: int, *, decode: bool) -> StepShape:
+        if decode:
+            return StepShape(rows, rows)
+        return StepShape(rows, min(rows, self._most_sequences), most_query_tokens=rows)
 
     def _keys(self) -> Sequence[GraphKey]:
         keys = []
         for decode, buckets in ((False, self._mixed_rows), (True, self._decode_rows)):
             for rows in buckets:
-                plain = self._shape(rows, decode=decode, by_segment=False)
-                keys += [GraphKey(plain, lora=False), GraphKey(plain, lora=True)]
-                if rows >= _SHARE:
-                    keys.append(GraphKey(self._shape(rows, decode=decode, by_segment=True), lora=True))
+                plain = self._plain(rows, decode=decode)
+                ways = [(s, d) for s in (False, True) for d in (False, True) if not s or rows >= _SHARE]
+                shapes = [_with_lora(plain, by_segment=s, divided=d) for s, d in ways]
+                keys += [GraphKey(plain, lora=False), *(GraphKey(shape, lora=True) for shape in shapes)]
         return sorted(keys, key=lambda key: -key.shape.tokens)
+
+
+def _with_lora(plain: StepShape, *, by_segment: bool, divided: bool) -> StepShape:
+    if not by_segment:
+        return replace(plain, divided=divided)
+    segments = plain.tokens // _SHARE + (SPARE_SEGMENTS if divided else 0)
+    return replace(plain, segments=segments, rows_in_segment=ROWS_IN_SEGMENT, divided=divided)
 
 
 def prefers_segments(tokens: int, segments: int) -> bool:

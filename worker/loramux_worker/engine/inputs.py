@@ -31,6 +31,7 @@ class StepShape:
     sequences: int
     segments: int = 0  # 0: LoRA row by row
     rows_in_segment: int = 1
+    divided: bool = False  # the LoRA work on large ranks is in parts
     most_query_tokens: int = 1
 
     @property
@@ -60,7 +61,7 @@ class StepShape:
     @property
     def units(self) -> int:
         """Room for a unit of LoRA work for each row, and for the parts of some adapters of large rank."""
-        return 2 * self.tokens + PARTS
+        return 2 * self.tokens + PARTS if self.divided and not self.segments else 0
 
 
 class StepInputs:
@@ -91,9 +92,14 @@ class StepInputs:
 
     def lora_rows(self) -> LoraRows:
         """The adapter of every row."""
-        segments = self.device["segments"].view(4, -1) if self.shape.segments else None
-        units, count = self.device["units"], self.device["num_units"]
-        return LoraRows(self.device["adapters"], units, count, segments, self.shape.rows_in_segment)
+        shape, adapters = self.shape, self.device["adapters"]
+        if shape.segments:
+            segments = self.device["segments"].view(4, -1)
+            return LoraRows(adapters, segments, shape.rows_in_segment, shape.divided)
+        if shape.divided:
+            units, count = self.device["units"], self.device["num_units"]
+            return LoraRows(adapters, divided=True, units=units, num_units=count)
+        return LoraRows(adapters)
 
 
 class InputBuffers:
@@ -101,7 +107,6 @@ class InputBuffers:
 
     def __init__(self, largest: StepShape, most_updates: int, device: torch.device) -> None:
         capacity = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in largest.sizes.values())
-        self.most_segments = largest.segments
         self._updates_at = capacity
         capacity += 2 * most_updates
         self._most_updates = most_updates

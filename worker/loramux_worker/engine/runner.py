@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loramux_kernels import LoraWeights
-from loramux_kernels.lora_plan import NO_ADAPTER, Segment, divide
+from loramux_kernels.lora_plan import LARGE_RANK, NO_ADAPTER, Segment, divide
 from loramux_kernels.pending_tokens import pending_tokens
 from loramux_worker.adapters.residency import AdapterResidency
 from loramux_worker.engine.block_tables import BlockTables
@@ -124,19 +125,23 @@ class Runner:
         """The shape of a step: a graph's where one has room, else its own."""
         most_query = max(plan.lengths)
         edges = plan.has_adapters and self._touches_edges(plan)
+        divided = plan.has_adapters and bool((self._ranks[plan.slots][np.array(plan.slots) >= 0] > LARGE_RANK).any())
         pieces = cut(plan.runs(), ROWS_IN_SEGMENT) if plan.has_adapters else []
         if self.graphs is not None and not edges:
-            key = self.graphs.find(plan.num_tokens, len(plan.chunks), len(pieces), most_query)
+            key = self.graphs.find(plan.num_tokens, len(plan.chunks), len(pieces), most_query, divided=divided)
             if key is not None:
-                return _Form(key.shape, divide(pieces, self._ranks, key.shape.segments), key, edges)
-        shape = StepShape(plan.num_tokens, len(plan.chunks), most_query_tokens=most_query)
+                return _Form(key.shape, self._divide(pieces, key.shape), key, edges)
+        shape = StepShape(plan.num_tokens, len(plan.chunks), divided=divided, most_query_tokens=most_query)
         if plan.has_adapters and prefers_segments(plan.num_tokens, len(pieces)):
             rows = ROWS_IN_SEGMENT
             if len(long := cut(plan.runs(), _LONG_SEGMENT)) * _LONG_SEGMENT <= 2 * plan.num_tokens:
                 rows, pieces = _LONG_SEGMENT, long
-            pieces = divide(pieces, self._ranks, self._buffers.most_segments)
-            shape = replace(shape, segments=len(pieces), rows_in_segment=rows)
-        return _Form(shape, pieces, None, edges)
+            room = len(pieces) + SPARE_SEGMENTS if divided else len(pieces)
+            shape = replace(shape, segments=room, rows_in_segment=rows)
+        return _Form(shape, self._divide(pieces, shape), None, edges)
+
+    def _divide(self, segments: list[Segment], shape: StepShape) -> list[Segment]:
+        return divide(segments, self._ranks, shape.segments) if shape.divided and shape.segments else segments
 
     def _touches_edges(self, plan: StepPlan) -> bool:
         slots = sorted({slot for slot in plan.slots if slot != NO_ADAPTER})

@@ -111,7 +111,7 @@ def fill(
     _put(inputs, "table_rows", rows, tables.spare_row)
     _put(inputs, "logit_rows", ends[samples] - 1, 0)
     _put(inputs, "logit_adapters", slots[samples], NO_ADAPTER)
-    if plan.has_adapters and not inputs.shape.segments:
+    if inputs.shape.units:
         units = lora_units(inputs.host["adapters"], ranks, inputs.shape.units)
         inputs.host["num_units"][0] = len(units)
         _put(inputs, "units", units, 0)
