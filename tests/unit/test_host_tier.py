@@ -108,11 +108,11 @@ def test_one_flight_for_each_adapter(tmp_path: Path, single: Loader) -> None:
     assert single.tier.poll() == []
 
 
-def test_least_recently_used_goes_first(tmp_path: Path, loader: Loader) -> None:
+def test_what_was_used_once_goes_first(tmp_path: Path, loader: Loader) -> None:
     a, b, c, d = (adapter(tmp_path, name) for name in "abcd")
     for reference in (a, b, c):
         loader.load(reference)
-    assert loader.tier.get(a.key) is not None
+    loader.tier.load(a)  # a second request for it
     loader.load(d)
     assert loader.tier.get(b.key) is None
     assert all(loader.tier.get(reference.key) is not None for reference in (a, c, d))

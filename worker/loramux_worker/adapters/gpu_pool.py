@@ -13,13 +13,14 @@ thread owns the pool.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import KeysView
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loramux_worker.adapters.eviction import S3Fifo
 from loramux_worker.adapters.extents import ExtentAllocator, Move
 from loramux_worker.adapters.host import AdapterKey, HostAdapter
 from loramux_worker.adapters.layout import AdapterLayout
@@ -43,7 +44,7 @@ class _Resident:
 
 
 class AdapterPool:
-    """LRU over adapters that are not pinned, at most `max_slots` adapters of `capacity_elements` in all.
+    """At most `max_slots` adapters of `capacity_elements` in all; S3-FIFO decides which of the unpinned leave.
 
     `tables` has what kernels need beside `elements`, the pool itself.
     """
@@ -61,7 +62,8 @@ class AdapterPool:
         self.num_targets = num_targets
         self._staging = torch.empty(min(_STAGING_ELEMENTS, capacity_elements), dtype=dtype, device=device)
         self._extents = ExtentAllocator(capacity_elements)
-        self._residents: OrderedDict[AdapterKey, _Resident] = OrderedDict()  # least recently used first
+        self._residents: dict[AdapterKey, _Resident] = {}
+        self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_elements)
         self._by_slot: list[_Resident | None] = [None] * max_slots
         self._free_slots = list(range(max_slots))[::-1]
         self._being_copied: deque[tuple[torch.cuda.Event, HostAdapter]] = deque()
@@ -86,7 +88,7 @@ class AdapterPool:
         return len(self._residents)
 
     def keys(self) -> KeysView[AdapterKey]:
-        """The resident adapters, least recently used first."""
+        """The resident adapters."""
         return self._residents.keys()
 
     def slot_of(self, key: AdapterKey) -> int | None:
@@ -112,12 +114,12 @@ class AdapterPool:
         return resident.tiles
 
     def find(self, key: AdapterKey) -> int | None:
-        """`slot_of` for use: a resident adapter counts as a hit and as used last."""
+        """`slot_of` for use: a resident adapter counts as a hit and as used."""
         resident = self._residents.get(key)
         if resident is None:
             return None
         self.hits_total += 1
-        self._residents.move_to_end(key)
+        self._policy.touch(key)
         return resident.slot
 
     def load(self, adapter: HostAdapter) -> int | None:
@@ -131,12 +133,15 @@ class AdapterPool:
         if not self._can_hold(size):
             return None
         while self._extents.num_free < size or not self._free_slots:
-            self.evict(next(key for key, resident in self._residents.items() if not resident.pins))
+            victim = self._policy.evict(lambda key: not self._residents[key].pins)
+            assert victim is not None, "enough may go"
+            self._vacate(victim)
         offset = self._allocate(size)
         slot = self._free_slots.pop()
         self._copy(adapter, self.elements[offset : offset + size])
         resident = _Resident(adapter.key, slot, offset, adapter.layout, PlacedModules.of(adapter.layout))
         self._residents[adapter.key] = self._by_slot[slot] = resident
+        self._policy.add(adapter.key, size)
         self.tables.place(slot, resident.placed, offset)
         self.misses_total += 1
         return slot
@@ -146,15 +151,19 @@ class AdapterPool:
         self._residents[key].pins += 1
 
     def unpin(self, key: AdapterKey) -> None:
-        """Undo one `pin`; the adapter then counts as used last."""
+        """Undo one `pin`."""
         resident = self._residents[key]
         assert resident.pins > 0, f"{key} is not pinned"
         resident.pins -= 1
-        self._residents.move_to_end(key)
 
     def evict(self, key: AdapterKey) -> None:
         """Remove a resident adapter that is not pinned; its slot then means no adapter."""
         assert not self._residents[key].pins, f"{key} is pinned"
+        self._policy.remove(key)
+        self._vacate(key)
+
+    def _vacate(self, key: AdapterKey) -> None:
+        """Free what an adapter took that the policy has forgotten."""
         resident = self._residents.pop(key)
         self._extents.free(resident.offset)
         self._note_vacated()
@@ -169,7 +178,7 @@ class AdapterPool:
         residents = list(self._residents.values())
         extents = {(resident.offset, resident.layout.num_elements) for resident in residents}
         assert extents == set(self._extents.taken)
-        assert len(extents) == len(residents)
+        assert len(extents) == len(residents) == len(self._policy)
         slots = [resident.slot for resident in residents]
         assert sorted(slots + self._free_slots) == list(range(len(self._by_slot)))
         tables = self.tables

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import structlog
 from torch import Tensor
 
 from loramux_schemas import ErrorCode
+from loramux_worker.adapters.eviction import S3Fifo
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.layout import AdapterLayout
@@ -73,8 +74,9 @@ class _Load:
 
 
 class HostTier:
-    """LRU by bytes over adapters of one model. Thread-safe, and no method waits for a disk.
+    """At most `capacity_bytes` of one model's adapters; S3-FIFO decides which of those that nobody waits for leave.
 
+    Thread-safe, and no method waits for a disk.
     `pin` pins the memory, for copies to a CUDA device; `wake` is called, in any thread, when `poll` has news.
     """
 
@@ -95,7 +97,8 @@ class HostTier:
         self._wake = wake
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load")
-        self._adapters: OrderedDict[AdapterKey, HostAdapter] = OrderedDict()  # least recently used first
+        self._adapters: dict[AdapterKey, HostAdapter] = {}
+        self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_bytes)
         self._wanted: set[AdapterKey] = set()
         self._queued: dict[AdapterKey, _Load] = {}  # a thread will take them
         self._running: dict[AdapterKey, _Load] = {}
@@ -120,7 +123,7 @@ class HostTier:
         with self._lock:
             key = reference.key
             if key in self._adapters:
-                self._adapters.move_to_end(key)
+                self._policy.touch(key)
                 self.hits_total += 1
             elif not self.is_loading(key):
                 self.misses_total += 1
@@ -132,10 +135,8 @@ class HostTier:
         return key in self._queued or key in self._running or key in self._parked
 
     def get(self, key: AdapterKey) -> HostAdapter | None:
-        """The adapter if it is here; it then counts as used last."""
+        """The adapter if it is here."""
         with self._lock:
-            if key in self._adapters:
-                self._adapters.move_to_end(key)
             return self._adapters.get(key)
 
     def want(self, key: AdapterKey) -> None:
@@ -165,7 +166,8 @@ class HostTier:
         """Evict an adapter now."""
         with self._lock:
             if key in self._adapters:
-                self._evict(key)
+                self._policy.remove(key)
+                self._vacate(key)
                 self._admit_parked()
 
     def poll(self) -> list[LoadResult]:
@@ -206,6 +208,7 @@ class HostTier:
             del self._running[key]
             if adapter is not None:
                 self._adapters[key] = adapter
+                self._policy.add(key, adapter.num_bytes)
             elif load.has_room:
                 self.bytes_used -= load.num_bytes
             self._finished.append(LoadResult(key, error, time.monotonic() - load.asked_at))
@@ -248,19 +251,19 @@ class HostTier:
             self._queue(self._parked.pop(load.reference.key))
 
     def _take_room(self, load: _Load) -> bool:
-        """Take the load's bytes, evicting what is not wanted, least recently used first; False: it would not do."""
-        evictable = [adapter for key, adapter in self._adapters.items() if key not in self._wanted]
-        free = self.capacity_bytes - self.bytes_used
-        if free + sum(adapter.num_bytes for adapter in evictable) < load.num_bytes:
+        """Take the load's bytes, evicting what is not wanted; False, and nothing changed: it would not do."""
+        evictable = sum(adapter.num_bytes for key, adapter in self._adapters.items() if key not in self._wanted)
+        if self.capacity_bytes - self.bytes_used + evictable < load.num_bytes:
             return False
-        for adapter in evictable:
-            if self.capacity_bytes - self.bytes_used >= load.num_bytes:
-                break
-            self._evict(adapter.key)
+        while self.capacity_bytes - self.bytes_used < load.num_bytes:
+            victim = self._policy.evict(lambda key: key not in self._wanted)
+            assert victim is not None, "enough may go"
+            self._vacate(victim)
         self.bytes_used += load.num_bytes
         load.has_room = True
         return True
 
-    def _evict(self, key: AdapterKey) -> None:
+    def _vacate(self, key: AdapterKey) -> None:
+        """Drop an adapter that the policy has forgotten."""
         self.bytes_used -= self._adapters.pop(key).num_bytes
         self.evictions_total += 1

@@ -53,7 +53,7 @@ class StepGraphs:
         self._run = run
         self._most_sequences = most_sequences
         self._decode_rows = _up_to(_DECODE_ROWS, most_sequences)
-        self._mixed_rows = [rows for rows in _MIXED_ROWS if rows <= most_tokens]
+        self._mixed_rows = _up_to(_MIXED_ROWS, min(most_tokens, _MIXED_ROWS[-1]))
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.seconds = 0.0
         self.num_bytes = 0
