@@ -109,7 +109,7 @@ INTERPRETED = {
         "odd group, 2 splits",
         "window, 1 splits",
         "window and splits, 8 splits",
-        "splits, 16 splits",
+        "splits, 4 splits",
     ],
     "float16": ["grouped, 2 splits", "odd group, 1 splits"],
 }

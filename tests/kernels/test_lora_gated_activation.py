@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_devices import DEVICES, TOLERANCE
+from kernel_devices import TOLERANCE, device_cases
 from test_lora_kernels import IN, MIXES, RANKS, Pool
 
 from loramux_kernels import Activation, gated_activation, lora_delta, lora_gated_activation
 from loramux_kernels.lora_plan import plan_rows
 
+CASES = {
+    f"{mix}, segments of {most}": (mix, most)
+    for mix in ("all distinct", "runs", "runs of large rank")
+    for most in (16, 64)
+}
+INTERPRETED = {
+    "float32": ["all distinct, segments of 16", "runs, segments of 64"],
+    "float16": ["runs, segments of 16"],
+}
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("mix", ["all distinct", "runs"])
-@pytest.mark.parametrize("most_in_segment", [16, 64])
-def test_is_the_activation_of_the_sums(device, dtype, mix, most_in_segment):
+
+@pytest.mark.parametrize(("device", "dtype", "case"), device_cases(CASES, **INTERPRETED))
+def test_is_the_activation_of_the_sums(device, dtype, case):
+    mix, most_in_segment = case
     slots, width = MIXES[mix], 160
     pool = Pool((width, width), dtype, device)
     generator = torch.Generator().manual_seed(6)

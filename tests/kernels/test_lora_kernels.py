@@ -63,9 +63,9 @@ MIXES = {
     "no adapter": [-1, -1, -1],
     "one row of large rank": [5],
     "all distinct": [-1, 0, 1, 2, 3, 4, 5],
-    "runs": [-1] * 2 + [0] * 3 + [1] * 17 + [3] * 5 + [4] * 2 + [5] * 18,
+    "runs": [-1] * 2 + [0] * 3 + [1] * 17 + [3] * 5 + [4] * 2,
+    "runs of large rank": [0] * 2 + [5] * 18,
 }
-
 
 CASES = {
     f"{mix}, {len(widths)} targets, {'by row' if most == 1 else f'segments of {most}'}": (slots, widths, most)
@@ -73,10 +73,20 @@ CASES = {
     for widths in WIDTHS
     for most in (1, 16, 64)
 }
+BY_ROW, BY_SEGMENT, BY_LONG_SEGMENT = HOW = ("by row", "segments of 16", "segments of 64")
 INTERPRETED = {
-    "float32": [name for name in CASES if "3 targets" in name or (name == "runs, 2 targets, segments of 64")]
-    + [f"one row, {targets} targets, {how}" for targets in (1, 2) for how in ("by row", "segments of 16")],
-    "float16": [f"runs, 2 targets, {how}" for how in ("by row", "segments of 16", "segments of 64")],
+    "float32": [
+        *(f"{mix}, 3 targets, {how}" for mix in ("one row", "no adapter") for how in HOW),
+        *(f"runs, 3 targets, {how}" for how in (BY_SEGMENT, BY_LONG_SEGMENT)),
+        f"one row of large rank, 1 targets, {BY_ROW}",
+        f"all distinct, 3 targets, {BY_ROW}",
+        f"runs of large rank, 1 targets, {BY_SEGMENT}",
+        f"runs of large rank, 1 targets, {BY_LONG_SEGMENT}",
+    ],
+    "float16": [
+        *(f"one row of large rank, 1 targets, {how}" for how in (BY_ROW, BY_SEGMENT)),
+        *(f"runs, 1 targets, {how}" for how in (BY_SEGMENT, BY_LONG_SEGMENT)),
+    ],
 }
 
 

@@ -13,12 +13,18 @@ from loramux_worker.engine.inputs import InputBuffers, StepInputs, StepShape
 from loramux_worker.engine.protocol import SamplingParameters
 from loramux_worker.engine.sequence import Sequence
 
-LARGEST = StepShape(64, 16, 64)
+LARGEST = StepShape(64, 16, segments=64)
 MOST_UPDATES = 8
 CPU = torch.device("cpu")
 
 shapes = st.builds(
-    StepShape, st.integers(1, 64), st.integers(1, 16), st.integers(0, 64), st.just(16), st.sampled_from([1, 9])
+    StepShape,
+    tokens=st.integers(1, 64),
+    sequences=st.integers(1, 16),
+    segments=st.just(0) | st.integers(1, 64),
+    rows_in_segment=st.just(16),
+    divided=st.booleans(),
+    most_query_tokens=st.sampled_from([1, 9]),
 )
 
 
@@ -63,7 +69,7 @@ def test_a_shape_has_its_addresses_for_good(shape: StepShape, others: list[StepS
 def test_what_was_filled_in_is_on_the_device(device: torch.device) -> None:
     buffers, tables = InputBuffers(LARGEST, MOST_UPDATES, device), BlockTables(2, 2, 0, device)
     for step in range(7):  # more than there are buffers on the host
-        shape = StepShape(5 + step, 3, step % 3, 16, 9)
+        shape = StepShape(5 + step, 3, segments=step % 3, rows_in_segment=16, divided=step % 2 > 0, most_query_tokens=9)
         inputs = buffers.begin(shape)
         expected = {}
         for number, (name, values) in enumerate(inputs.host.items()):
@@ -76,10 +82,15 @@ def test_what_was_filled_in_is_on_the_device(device: torch.device) -> None:
         assert attention.slot_mapping.tolist() == expected["slot_mapping"]
         assert attention.most_query_tokens == 9
         assert lora.slots.tolist() == expected["adapters"]
+        assert lora.divided == shape.divided
         assert (lora.segments is None) == (shape.segments == 0)
+        assert (lora.units is None) == (lora.num_units is None) == (shape.units == 0)
+        if lora.units is not None and lora.num_units is not None:
+            assert lora.units.tolist() == expected["units"]
+            assert lora.num_units.tolist() == expected["num_units"]
         if lora.segments is not None:
             assert lora.segments.flatten().tolist() == expected["segments"]
-            assert lora.segments.shape == (3, shape.segments)
+            assert lora.segments.shape == (4, shape.segments)
             assert lora.most_in_segment == 16
 
 

@@ -10,16 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loramux_kernels.lora_plan import NO_ADAPTER, Segment, divide, lora_units
 from loramux_worker.engine.block_tables import BlockTables
 from loramux_worker.engine.in_flight import InFlightStep
 from loramux_worker.engine.inputs import InputBuffers, StepInputs, StepShape
 from loramux_worker.engine.pending_sample import PendingSample
 from loramux_worker.engine.protocol import SamplingParameters
 from loramux_worker.engine.sequence import PENDING_TOKEN, Sequence
-from loramux_worker.engine.step_plan import NO_ADAPTER, SlotRun, StepPlan, cut, fill
+from loramux_worker.engine.step_plan import StepPlan, cut, fill
 from loramux_worker.scheduler.step import Chunk
 
 BLOCK_SIZE, MOST_BLOCKS, SPARE_BLOCK = 4, 8, 50
+RANKS = np.array([8, 64, 128, 4], np.int32)  # of the slots; the work on one is divided
 CPU = torch.device("cpu")
 STALE = -99  # what the buffer holds of a step before
 
@@ -61,13 +63,13 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(chunks, slots, previous)
 
 
-def filled(plan: StepPlan, shape: StepShape, segments: list[SlotRun], previous: InFlightStep | None) -> StepInputs:
+def filled(plan: StepPlan, shape: StepShape, segments: list[Segment], previous: InFlightStep | None) -> StepInputs:
     tables = BlockTables(8, MOST_BLOCKS, SPARE_BLOCK, CPU)
     tables.row_of(Sequence(1000, [1], SamplingParameters(1), block_table=[0]))  # so that rows are not 0, 1, 2 …
-    inputs = InputBuffers(StepShape(256, 32, 64), 8, CPU).begin(shape)
+    inputs = InputBuffers(StepShape(256, 32, segments=256), 8, CPU).begin(shape)
     for values in inputs.host.values():
         values[:] = STALE
-    fill(inputs, plan, segments, tables, BLOCK_SIZE, previous)
+    fill(inputs, plan, segments, tables, RANKS, BLOCK_SIZE, previous)
     rows = {c.sequence.sequence_id: tables.row_of(c.sequence) for c in plan.chunks}
     assert inputs.host["table_rows"][: len(plan.chunks)].tolist() == list(rows.values())
     return inputs
@@ -103,9 +105,13 @@ def test_inputs_of_a_packed_batch(case: Case, spare_rows: int, spare_sequences: 
     plan = case.plan()
     tokens = sum(n for _, n in case.chunks)
     assert plan.num_tokens == tokens
-    segments = cut(plan.runs(), 3)
+    segments = divide(cut(plan.runs(), 3), RANKS, 100)
     shape = StepShape(
-        tokens + spare_rows, len(case.chunks) + spare_sequences, len(segments) + spare_segments, 3, tokens
+        tokens + spare_rows,
+        len(case.chunks) + spare_sequences,
+        segments=len(segments) + spare_segments,
+        rows_in_segment=3,
+        most_query_tokens=tokens,
     )
     inputs = filled(plan, shape, segments, case.previous)
     padding = {
@@ -123,16 +129,30 @@ def test_inputs_of_a_packed_batch(case: Case, spare_rows: int, spare_sequences: 
         there = inputs.host[name].tolist()
         assert there == values + [padding[name]] * (len(there) - len(values)), name
     assert inputs.host["table_rows"][len(case.chunks) :].tolist() == [8] * spare_sequences, "the spare row"
-    starts, ends, slots = inputs.host["segments"].reshape(3, -1).tolist()
-    assert list(zip(starts, ends, slots, strict=True)) == [*segments, *[(0, 0, NO_ADAPTER)] * spare_segments]
+    columns = inputs.host["segments"].reshape(4, -1).T.tolist()
+    assert columns[: len(segments)] == [list(segment) for segment in segments]
+    assert all(start == end for start, end, *_ in columns[len(segments) :]), "the spare ones are empty"
+
+
+@given(case=cases(), spare_rows=st.integers(0, 5))
+def test_units_of_a_step_row_by_row(case: Case, spare_rows: int) -> None:
+    plan = case.plan()
+    shape = StepShape(plan.num_tokens + spare_rows, len(case.chunks), divided=True, most_query_tokens=9)
+    inputs = filled(plan, shape, [], case.previous)
+    expected = lora_units(inputs.host["adapters"], RANKS, shape.units)
+    assert inputs.host["num_units"].tolist() == [len(expected)]
+    assert inputs.host["units"][: len(expected)].tolist() == expected.tolist()
 
 
 def test_an_empty_step_is_padding_alone() -> None:
-    inputs = filled(StepPlan([], []), StepShape(8, 4, 2, 16, 8), [], None)
+    shape = StepShape(8, 4, segments=2, rows_in_segment=16, most_query_tokens=8)
+    inputs = filled(StepPlan([], []), shape, [], None)
     assert not inputs.host["query_starts"].any(), "no sequence has a row"
     assert (inputs.host["slot_mapping"] == SPARE_BLOCK * BLOCK_SIZE).all()
     assert (inputs.host["table_rows"] == 8).all()
-    assert not any((values == STALE).any() for values in inputs.host.values())
+    assert not any((values == STALE).any() for name, values in inputs.host.items() if name != "num_units")
+    inputs = filled(StepPlan([], []), StepShape(8, 4, divided=True), [], None)
+    assert inputs.host["num_units"].tolist() == [8], "a unit for each row, which finds no adapter"
 
 
 @given(case=cases())
@@ -171,4 +191,6 @@ def test_a_shape_without_segments_has_none() -> None:
     shape = StepShape(4, 2)
     assert "segments" in shape.sizes
     assert shape.sizes["segments"] == 0
-    assert replace(shape, segments=3).sizes["segments"] == 9
+    assert shape.sizes["units"] == 0
+    assert replace(shape, segments=3).sizes["segments"] == 12
+    assert replace(shape, segments=3, divided=True).sizes["units"] == 0, "segments name their parts"
