@@ -144,11 +144,11 @@ def lora_gated_activation(
     Returns:
         [rows, n] in the dtype of `gate_up`; rows that are in no segment are not written.
     """
-    from loramux_kernels import lora_expand_triton
+    from loramux_kernels import lora_gated_triton
 
     partials = _shrink(x, weights, rows, site)
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    lora_expand_triton.expand_gated(partials, weights, rows, site, gate_up, out, activation)
+    lora_gated_triton.expand_gated(partials, weights, rows, site, gate_up, out, activation)
     return out
 
 
