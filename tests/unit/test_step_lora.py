@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loramux_kernels import Activation, LoraSite
+from loramux_kernels import Activation, LoraSite, LoraWeights
 from loramux_kernels.linear import gated_linear_reference
-from loramux_worker.model.step_lora import AdapterRun, RunsLora
+from loramux_kernels.lora_plan import plan_rows
+from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
 
 IN, WIDTHS = 16, (24, 8, 8)
 ROWS, FIRST = 9, 2  # targets 0 and 1 are of other sites
@@ -78,3 +79,26 @@ def test_gate_and_up_take_in_their_deltas() -> None:
     expected = gated_linear_reference(x, weight, Activation.SILU, bias, lora.delta(x, site))
     out = lora.gated_linear(x, weight, bias, site, Activation.SILU)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gate_and_up_of_many_rows_have_their_adapters_in_them() -> None:
+    """A shape whose plain product would come in pieces: what the activation reads is one."""
+    rows, inner, n = 70, 2048, 1024
+    generator = torch.Generator().manual_seed(7)
+
+    def scaled(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    x, weight, site = scaled(rows, inner), scaled(2 * n, inner), LoraSite(0, (n, n))
+    tiles = [(scaled(4, inner), scaled(4, n)) for _ in range(2)]
+    elements = torch.cat([tile.flatten() for pair in tiles for tile in pair])
+    sizes = [tile.numel() for pair in tiles for tile in pair]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)[:4].view(1, 2, 2)
+    ranks = torch.full((1, 2), 4, dtype=torch.int32)
+    weights = LoraWeights(elements, offsets[..., 0].contiguous(), offsets[..., 1].contiguous(), ranks, max_rank=4)
+    lora = PooledLora(weights, plan_rows([-1] * 3 + [0] * 67, [4], 64, torch.device("cpu")))
+    out = lora.gated_linear(x, weight, None, site, Activation.SILU)
+    runs = RunsLora([AdapterRun(3, rows, tiles)])
+    gate, up = (x @ weight.t() + runs.delta(x, site)).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert (out - expected).norm() <= 1e-5 * expected.norm()

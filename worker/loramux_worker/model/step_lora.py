@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loramux_kernels import (
@@ -17,7 +18,6 @@ from loramux_kernels import (
     LoraWeights,
     gated_linear,
     is_for_library,
-    linear,
     lora_add_,
     lora_delta,
     lora_delta_add_,
@@ -82,6 +82,6 @@ class PooledLora:
         """See `StepLora`."""
         in_segments = self.rows.segments is not None and len(site.widths) == 2
         if in_segments and is_for_library(x, weight.shape[0] // 2):
-            (gate_up,) = linear(x, weight, bias)
+            gate_up = F.linear(x, weight, bias)
             return lora_gated_activation(x, gate_up, self.weights, self.rows, site, activation)
         return gated_linear(x, weight, activation, bias, self.delta(x, site))
