@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,19 @@ class BaseWeights:
     PEFT saves a copy of both beside an adapter that targets one of them, and loading that adapter replaces the base
     model's. A copy that equals the served weights changes nothing and may be dropped; any other cannot be served.
     Digests are computed on first use, since most adapters carry no copy. Thread-safe.
+
+    `read`, where the parameters are on the meta device, yields the elements of one in order, in any float dtype.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], read: Callable[[str], Iterable[Tensor]] | None = None) -> None:
         self._parameters = dict(parameters)
+        self._read = read
         self._digests: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> BaseWeights:
-        """Those of a Hugging Face causal language model."""
+    def of_model(cls, model: nn.Module, read: Callable[[str], Iterable[Tensor]] | None = None) -> BaseWeights:
+        """Those of a Hugging Face causal language model; `read` as in the constructor."""
         modules = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
         return cls(
             {
@@ -37,7 +40,8 @@ class BaseWeights:
                 if any(module is wanted for wanted in modules)
                 for kind in ("weight", "bias")
                 if isinstance(parameter := getattr(module, kind, None), Tensor)
-            }
+            },
+            read,
         )
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -53,7 +57,9 @@ class BaseWeights:
     def _digest_of(self, name: str) -> bytes:
         with self._lock:
             if name not in self._digests:
-                self._digests[name] = _digest(_pieces(self._parameters[name]))
+                parameter = self._parameters[name]
+                pieces = _pieces(parameter) if self._read is None else self._read(name)
+                self._digests[name] = _digest(piece.to(parameter.dtype) for piece in pieces)
             return self._digests[name]
 
 

@@ -91,7 +91,7 @@ class _Source:
 class AdapterFiles:
     """An adapter folder, open and checked up to the values of its weights. Use as a context manager.
 
-    `layout` says how much memory the adapter takes, before any weight is read.
+    `layout` says how much memory the adapter takes, before any weight is read; `config` is what PEFT saved beside it.
 
     Raises:
         AdapterInvalid: whatever is wrong with the files; nothing else, whatever the bytes in them are.
@@ -100,7 +100,7 @@ class AdapterFiles:
 
     def __init__(self, folder: Path, targets: Sequence[TargetModule], limits: AdapterLimits) -> None:
         self._limits = limits
-        config = read_config(folder)
+        config = self.config = read_config(folder)
         if is_other_model(config.base_model_name, limits.base_model_name):
             raise AdapterInvalid(
                 f"it was made for the model {quoted(config.base_model_name)}, "
@@ -124,6 +124,11 @@ class AdapterFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """What B is multiplied with, module by module of `layout`."""
+        return tuple(source.scaling for source in self._sources)
 
     def read_into(self, run: Tensor) -> None:
         """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled before the cast.

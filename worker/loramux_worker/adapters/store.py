@@ -14,7 +14,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +47,7 @@ CHUNK_BYTES = 4 << 20
 LISTED_NAMES = 1000
 
 _QUERY = re.compile(r"\?\S+")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
 class StoreChanged(LoramuxError):
@@ -77,14 +78,18 @@ class Store(Protocol):
 
 class AdapterStore:
     """The object storage behind `--adapter-uri`; `timeout` (seconds) bounds one request with all its retries.
+    `on_bytes` is told the size of each chunk that a download has written.
 
     Raises ConfigurationError, naming the setting, for a template that leads nowhere.
     """
 
-    def __init__(self, template: str, *, timeout: float = 30.0) -> None:
-        base, self._key_template = _split(template)
+    def __init__(
+        self, template: str, *, timeout: float = 30.0, on_bytes: Callable[[int], None] = lambda count: None
+    ) -> None:
+        base, self._key_template = split_template(template)
         self._template = template
-        self._store = _open(base, timeout)
+        self._store = open_store(base, timeout)
+        self._on_bytes = on_bytes
 
     def uri(self, adapter_id: str) -> str:
         """The adapter's place, unique among all stores."""
@@ -123,6 +128,7 @@ class AdapterStore:
                     if size > file.size:
                         break
                     await asyncio.to_thread(_append, sink, digest, chunk)
+                    self._on_bytes(len(chunk))
             await asyncio.to_thread(sink.flush)
         if size != file.size:
             raise StoreChanged(f"{file.name} of adapter '{adapter_id}' is not {file.size} bytes long")
@@ -177,8 +183,8 @@ class AdapterStore:
         return f"{self._key_template.replace(PLACEHOLDER, adapter_id)}/{name}"
 
 
-def _split(template: str) -> tuple[str, str]:
-    """The URL of the folder above all adapters, and the key of an adapter below it."""
+def split_template(template: str) -> tuple[str, str]:
+    """The URL of the folder above all adapters, and the key of an adapter below it. Raises ConfigurationError."""
     scheme, separator, place = template.partition("://")
     if not separator or scheme not in (*SCHEMES, "hf"):
         raise _misconfigured(template, f"begins with none of {', '.join(f'{known}://' for known in SCHEMES)}")
@@ -198,8 +204,8 @@ def _split(template: str) -> tuple[str, str]:
     return f"{scheme}://{base}", key
 
 
-def _open(base: str, timeout: float) -> ObjectStore:
-    """The obstore client of a URL."""
+def open_store(base: str, timeout: float) -> ObjectStore:
+    """The obstore client of a URL. Raises ConfigurationError."""
     scheme, _, place = base.partition("://")
     try:
         if scheme == "file":
@@ -224,7 +230,7 @@ def _open(base: str, timeout: float) -> ObjectStore:
             },
         )
     except (BaseError, ValueError) as error:
-        raise _misconfigured(base, _first_line(error)) from error
+        raise _misconfigured(base, first_line(error)) from error
 
 
 def _local_folder(base: str, place: str) -> str:
@@ -258,8 +264,8 @@ def _cannot_exist(error: Exception) -> bool:
 
 def _unavailable(adapter_id: str, error: Exception) -> RequestFailed:
     """A store that does not answer; the details are for the log, not for whoever sent the request."""
-    log.warning("adapter_store_failed", adapter_id=adapter_id, error=_first_line(error))
-    denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in _first_line(error)
+    log.warning("adapter_store_failed", adapter_id=adapter_id, error=first_line(error))
+    denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in first_line(error)
     what = "denies access" if denied else "does not answer"
     return RequestFailed(ErrorCode.ADAPTER_UNAVAILABLE, f"adapter '{adapter_id}': the adapter store {what}")
 
@@ -268,6 +274,13 @@ def _misconfigured(value: str, reason: str) -> ConfigurationError:
     return ConfigurationError(f"--adapter-uri {value}: {reason}")
 
 
-def _first_line(error: Exception) -> str:
-    """What obstore says before its debug output, without query strings: an Azure one can hold a signature."""
-    return _QUERY.sub("?…", str(error).partition("\n")[0])[:400]
+def first_line(error: BaseException) -> str:
+    """What obstore says before its debug output, with the code of the store's XML in place of the XML.
+
+    Without query strings: an Azure one can hold a signature.
+    """
+    line, _, rest = str(error).partition("\n")
+    line, xml, end = line.partition("<?xml")
+    code = _CODE.search(end + rest) if xml else None
+    shown = line.rstrip(" :") + ("" if code is None else f" ({code[1]})")
+    return _QUERY.sub("?…", shown)[:400]

@@ -1,4 +1,4 @@
-"""The command `loramux`: one file a command here, `send` and `batch` from the client.
+"""The command `loramux`: one file a command here, `adapters` a folder of them, `send` and `batch` from the client.
 
 Nothing is imported before the command that needs it runs, so that the client's commands work without torch and
 `--help` is quick. Every error that a person can cause is one line on stderr and exit code 2.
@@ -11,6 +11,7 @@ import sys
 import typer
 
 from loramux_producer.commands import batch, send
+from loramux_worker.cli.adapters import adapters
 from loramux_worker.cli.broker import broker
 from loramux_worker.cli.demo import demo
 from loramux_worker.cli.schema import schema
@@ -33,6 +34,7 @@ app.command(
 )(worker)
 for command in (demo, send, batch, schema, broker):
     app.command()(command)
+app.add_typer(adapters)
 
 
 def main() -> None:

@@ -1,0 +1,175 @@
+"""Bake one adapter into a copy of the base model, a few rows at a time.
+
+Every file of the copy has the name and the tensors of its original. A weight W [out, in] of a module that the adapter
+touches becomes W + Bᵀ·A, computed in float32 and rounded once; everything else is copied as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from loramux_worker.adapters.peft_format import AdapterWeights, ModuleWeights
+from loramux_worker.adapters.targets import TargetKind
+from loramux_worker.errors import ConfigurationError
+from loramux_worker.model.checkpoint import FLOATS, INDEX_FILE, Shard, StoredTensor
+from loramux_worker.model.skeleton import ModelSkeleton
+
+PIECE_ELEMENTS = 1 << 22
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_COPIED_FOLDERS = ("additional_chat_templates",)
+_WORDS = {dtype: word for word, dtype in FLOATS.items()}
+
+
+class Merge:
+    """One adapter (in float32, on the CPU), to be baked into the model of `skeleton`.
+
+    `dtype` None keeps each tensor's. Nothing is written before `write`.
+
+    Raises:
+        ConfigurationError: the adapter touches one of two tied tensors, or the model's files have no such tensor.
+    """
+
+    def __init__(self, skeleton: ModelSkeleton, adapter: AdapterWeights, dtype: torch.dtype | None) -> None:
+        self._checkpoint = skeleton.checkpoint
+        self._dtype = dtype
+        self._changes = _changes(skeleton, adapter)
+
+    @property
+    def num_changed(self) -> int:
+        """Tensors that the adapter changes."""
+        return len(self._changes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the copy."""
+        return sum(self._size(tensor) for shard in self._checkpoint.shards for tensor in shard.tensors)
+
+    def write(self, folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+        """Write the whole model into an empty folder and have the disk keep it; `on_bytes` is told of the progress.
+
+        Raises:
+            ConfigurationError: a value does not fit the dtype, or the model cannot be read.
+            OSError: the folder cannot be written.
+        """
+        for shard in self._checkpoint.shards:
+            with (folder / shard.name).open("wb") as sink:
+                self._write_shard(shard, sink, on_bytes)
+                sink.flush()
+                os.fsync(sink.fileno())
+        if self._checkpoint.index is not None:
+            index = dict(self._checkpoint.index)
+            index["metadata"] = {**index.get("metadata", {}), "total_size": self.num_bytes}
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        _copy_other_files(self._checkpoint.folder, folder)
+        if self._dtype is not None:
+            _declare_dtype(folder / "config.json", str(self._dtype).removeprefix("torch."))
+
+    def _write_shard(self, shard: Shard, sink: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+        """The file format is described in `adapters/safetensors_file.py`."""
+        # widest elements first, as the safetensors package orders them: each tensor is aligned to its elements
+        tensors = sorted(shard.tensors, key=lambda tensor: (-self._alignment(tensor), tensor.offset))
+        header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+        end = 0
+        for tensor in tensors:
+            begin, end = end, end + self._size(tensor)
+            header[tensor.name] = {"dtype": self._word(tensor), "shape": tensor.shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for data in self._data(tensor):
+                sink.write(data)
+                on_bytes(len(data))
+
+    def _word(self, tensor: StoredTensor) -> str:
+        return tensor.dtype if self._dtype is None or tensor.dtype not in FLOATS else _WORDS[self._dtype]
+
+    def _size(self, tensor: StoredTensor) -> int:
+        word = self._word(tensor)
+        return tensor.num_bytes if word == tensor.dtype else math.prod(tensor.shape) * FLOATS[word].itemsize
+
+    def _alignment(self, tensor: StoredTensor) -> int:
+        elements = math.prod(tensor.shape)
+        return self._size(tensor) // elements if elements else 8
+
+    def _data(self, tensor: StoredTensor) -> Iterator[bytes | bytearray | memoryview]:
+        """The tensor's bytes in the copy."""
+        word, change = self._word(tensor), self._changes.get(tensor.name)
+        if change is None and word == tensor.dtype:
+            yield from tensor.chunks(PIECE_ELEMENTS * 4)
+            return
+        for piece in _sums(tensor, change):
+            cast = piece.to(FLOATS[word])
+            lowest, highest = torch.aminmax(cast)
+            if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
+                raise ConfigurationError(
+                    f"{tensor.name} gets values that are too large for {word}: say --dtype bfloat16"
+                )
+            yield cast.view(torch.uint8).numpy().data
+
+
+def _changes(skeleton: ModelSkeleton, adapter: AdapterWeights) -> Mapping[str, Callable[[int, int], Tensor]]:
+    """By the tensor's name in the files: from (first row, end row) to what is added to them, float32."""
+    changes = {}
+    for module in adapter.modules:
+        target = skeleton.targets[module.target]
+        if skeleton.is_tied and module.target in skeleton.edge_targets:
+            raise ConfigurationError(
+                f"the adapter touches {target.name}, whose weights this model shares between embedding and output "
+                "head: merged, it would change both"
+            )
+        changes[skeleton.weight_of(target).name] = _delta(module, target.kind)
+    return changes
+
+
+def _delta(module: ModuleWeights, kind: TargetKind) -> Callable[[int, int], Tensor]:
+    # a [rank, in], b [rank, out] with the scaling in it; a linear's weight is [out, in], an embedding's [in, out]
+    left, right = (module.b, module.a) if kind is TargetKind.LINEAR else (module.a, module.b)
+    return lambda first, end: left[:, first:end].t() @ right
+
+
+def _sums(tensor: StoredTensor, change: Callable[[int, int], Tensor] | None) -> Iterator[Tensor]:
+    """The elements of W plus its change in order, float32 if there is one."""
+    row = 0
+    for piece in tensor.floats(PIECE_ELEMENTS):
+        if change is None:
+            yield piece
+            continue
+        rows = piece.float().view(-1, tensor.shape[1])
+        rows = rows + change(row, row + rows.shape[0])
+        row += rows.shape[0]
+        yield rows.view(-1)
+
+
+def _copy_other_files(source: Path, destination: Path) -> None:
+    """Config, tokenizer, chat templates, code and licence; the model card speaks of another model."""
+    for path in source.iterdir():
+        if path.is_dir():
+            if path.name in _COPIED_FOLDERS:
+                shutil.copytree(path, destination / path.name)
+        elif path.name.endswith(".index.json"):
+            continue
+        elif path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _declare_dtype(path: Path, dtype: str) -> None:
+    """Say in config.json what the weights are in, under the names that it uses."""
+    config = json.loads(path.read_bytes())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("dtype", "torch_dtype"):
+            if name in part:
+                part[name] = dtype
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n")
