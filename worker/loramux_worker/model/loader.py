@@ -84,9 +84,9 @@ def load_model(path: str, device: str, dtype: str) -> ServedModel:
         ConfigurationError: there is no such model, or this architecture cannot be served rightly.
     """
     where = pick_device(device)
-    config = _read_config(path)
+    config = read_model_config(path)
     refuse_unsupported(config)
-    kind = _pick_dtype(dtype, where, config)
+    kind = pick_dtype(dtype, where, config)
     try:
         module = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=kind, attn_implementation=IMPLEMENTATION, use_safetensors=True
@@ -149,7 +149,8 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """`auto` is float32 on a CPU, on a GPU the 16-bit type that the weights are stored in, else bfloat16."""
     if dtype != "auto":
         return _DTYPES[dtype]
     if device.type == "cpu":
@@ -158,7 +159,8 @@ def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def _read_config(path: str) -> Any:
+def read_model_config(path: str) -> Any:
+    """The model's config. Raises ConfigurationError when there is none, or none that is known."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return AutoConfig.from_pretrained(path)

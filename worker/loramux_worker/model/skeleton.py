@@ -18,7 +18,7 @@ from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION
 from loramux_worker.model.checkpoint import Checkpoint, StoredTensor
-from loramux_worker.model.loader import _pick_dtype, _read_config, prepare_model, refuse_unsupported
+from loramux_worker.model.loader import pick_dtype, prepare_model, read_model_config, refuse_unsupported
 
 
 class ModelSkeleton:
@@ -34,10 +34,10 @@ class ModelSkeleton:
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise ConfigurationError(f"--model {folder}: there is no such folder; a hub id is not looked up here")
-        config = _read_config(str(self.folder))
+        config = read_model_config(str(self.folder))
         refuse_unsupported(config)
         _refuse_quantised(config, self.folder)
-        self.dtype = _pick_dtype(dtype, torch.device(device), config)
+        self.dtype = pick_dtype(dtype, torch.device(device), config)
         module = _build(config, self.dtype, self.folder)
         self._prefix: str = module.base_model_prefix
         self._parameters: dict[str, Tensor] = module.state_dict()
