@@ -123,7 +123,8 @@ def _decode(
         tl.store(partial_out + (base + split) * 2 * ROWS * HALF + HALF + cell, acc2)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + t * NKV + head, 1, sem="acq_rel")
-        if arrived % SPLITS == SPLITS - 1:
+        # not %: the count is signed, and goes on below zero after 2³¹
+        if (arrived & (SPLITS - 1)) == SPLITS - 1:
             sums = partial_sums + base * 2 * ROWS + rows
             a, b = _combined(sums, partial_out + base * 2 * ROWS * HALF + cell, ROWS, HALF, SPLITS)
             tl.store(o, a.to(dtype), mask=mine)

@@ -157,7 +157,7 @@ def shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, part
         num_segments,
         K=width,
         PIECE=length,
-        BK=length if rows.most_in_segment <= 16 else min(length, 128),
+        BK=min(length, 1024 if rows.most_in_segment <= 16 else 128),  # a tile of 64 KiB: small GPUs have 99
         BM=rows.most_in_segment,
         PRECISION=precision(x),
         **constants,

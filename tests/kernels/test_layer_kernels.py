@@ -132,6 +132,28 @@ def test_decode_attention(device, dtype, case, monkeypatch):
         assert close(mine.values, reference.values)
 
 
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+def test_counts_go_on_past_the_largest_integer(device, dtype, monkeypatch):
+    splits = 4
+    monkeypatch.setattr(decode_attention_triton, "num_splits", lambda num_rows, num_kv_heads: splits)
+    mine = Layer(4, 1, 32, [150, 5], dtype, device)
+    counters = SplitCounters.make(1, torch.device(device))
+    counters.counts[splits].fill_(2**31 - splits)
+    outs = []
+    for _ in range(3):
+        outs.append(
+            decode_attention(mine.qkv, mine.positions, mine.layer, mine.keys, mine.values, mine.batch, counters)
+        )
+        mine.qkv = -mine.qkv  # so that what an earlier run left in memory is not the answer
+    assert (counters.counts[splits][:2] < 0).all()
+    reference = mine.on_cpu()
+    reference.qkv = -reference.qkv
+    expected = decode_attention_reference(
+        reference.qkv, reference.positions, reference.layer, reference.keys, reference.values, reference.batch
+    )
+    assert close(outs[2], expected)
+
+
 def test_few_sequences_are_split() -> None:
     assert num_splits(1, 8) == 16
     assert num_splits(8, 8) == 4

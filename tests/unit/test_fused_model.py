@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from loramux_worker.model import self_check
 from loramux_worker.model.attention import IMPLEMENTATION
@@ -62,6 +62,38 @@ def test_logits_are_those_of_the_modelling_code(tiny: TinyModel, monkeypatch: py
     windows = [layer.rotary.sliding_window for layer in fused_decoder(model)._layers]
     assert windows == {"mistral": [5, 5], "qwen2": [None, 5]}.get(model.module.config.model_type, [None, None])
     check_model(model)
+
+
+def test_rotation_is_that_of_the_lengths_that_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """longrope rotates otherwise beyond its original length, which is not served: the table must not know."""
+    monkeypatch.setitem(self_check._TOLERANCE, torch.float32, 1e-4)
+    path = make_model(tmp_path, "phi3", num_adapters=0).path
+    config = AutoConfig.from_pretrained(path)
+    half = config.hidden_size // config.num_attention_heads // 2
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [8.0] * half,
+        "original_max_position_embeddings": 64,
+    }
+    config.original_max_position_embeddings = 64
+    config.save_pretrained(path)
+    model = load(path, fused=True)
+    assert model.max_position == 64
+    fused_decoder(model)
+    check_model(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU the kernels run in the interpreter alone")
+def test_a_head_whose_product_comes_in_pieces_is_added_up() -> None:
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
+    check_model(prepare_model(module, torch.device("cpu"), name="small vocabulary", fused=True))
 
 
 def test_weights_are_packed_in_place(tiny: TinyModel) -> None:

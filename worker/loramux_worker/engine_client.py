@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from loramux_schemas import ErrorCode
-from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.config import EngineConfig, confine
 from loramux_worker.engine.protocol import (
     PROTOCOL_VERSION,
     AdapterReference,
@@ -157,16 +158,18 @@ class EngineClient:
         socket = self._context.socket(zmq.PAIR)
         socket.set_hwm(0)
         socket.bind(address)
+        config, environment = confine(self._config, os.environ)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "loramux_worker.engine.process",
             address,
             stdin=asyncio.subprocess.PIPE,
+            env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
         listener = asyncio.create_task(self._listen(socket))
         await self._process.wait()
         await asyncio.wait([listener], timeout=0.2)  # what it said last is still in the socket

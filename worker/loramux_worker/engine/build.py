@@ -124,7 +124,13 @@ def assemble(
     scheduler = Scheduler(limits, blocks, adapters)
     runner = Runner(model, adapters, memory.num_blocks, config.block_size, limits, config.max_lora_rank)
     if on_gpu and config.cuda_graphs:
-        runner.capture_graphs()
+        try:
+            runner.capture_graphs()
+        except RuntimeError as error:  # a model's own code may wait for the device, or memory may have run out
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigurationError(
+                f"--cuda-graphs: this model's steps cannot be captured ({reason}); say --no-cuda-graphs"
+            ) from error
     depth = int(on_gpu) if pipeline_depth is None else pipeline_depth
     engine = Engine(scheduler, runner, adapters, max_model_len, emit, pipeline_depth=depth)
     ready = Ready(

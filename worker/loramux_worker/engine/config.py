@@ -1,6 +1,8 @@
-"""What an engine process is told at its start."""
+"""What an engine process is told at its start, and which GPU it sees."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 
@@ -24,3 +26,17 @@ class EngineConfig(msgspec.Struct, frozen=True):
     cuda_graphs: bool = True
     log_format: str = "text"
     log_level: str = "info"
+
+
+def confine(config: EngineConfig, environment: Mapping[str, str]) -> tuple[EngineConfig, dict[str, str]]:
+    """The config and the environment of a process that sees its own GPU alone.
+
+    Launches, streams, events and pinned memory all follow the current device of their thread: with one device to see,
+    there is no other for any of them.
+    """
+    kind, _, number = config.device.partition(":")
+    if kind != "cuda" or not number.isdigit():
+        return config, dict(environment)
+    visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    chosen = "".join(visible[int(number) :][:1]) if visible else number
+    return msgspec.structs.replace(config, device="cuda"), {**environment, "CUDA_VISIBLE_DEVICES": chosen}

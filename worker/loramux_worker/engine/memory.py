@@ -36,6 +36,7 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
     """
     free_host = available_host_memory()
     if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # packing the weights left pieces behind that nothing else fits into
         free, _ = torch.cuda.mem_get_info(model.device)
         kv, adapters = int(free * _GPU_KV_SHARE), int(free * _GPU_ADAPTER_SHARE)
     else:

@@ -21,7 +21,7 @@ from loramux_worker.engine.pending_sample import PendingSample
 from loramux_worker.engine.sampler import Sampler
 from loramux_worker.engine.sequence import Sequence
 from loramux_worker.engine.step_plan import SlotRun, StepPlan, cut, fill
-from loramux_worker.model.context import StepBatch, StepLora
+from loramux_worker.model.context import StepBatch
 from loramux_worker.model.loader import ServedModel
 from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
 from loramux_worker.scheduler.scheduler import Chunk, SchedulerConfig, Step
@@ -155,14 +155,15 @@ class Runner:
         batch = self._static_batch(inputs, lora=False, rows=rows)
         if not plan.has_adapters:
             return batch
+        if self._model.runs_kernels:
+            batch = replace(batch, lora=PooledLora(self._weights, inputs.lora_rows()))
+            if not form.edges:
+                return batch
         runs = self._adapter_runs(plan.runs())
         head_runs = runs if rows is None else self._adapter_runs(plan.sampled_runs())
         embedding = RunsLora(runs).tiles(self._model.embedding_target) if form.edges else ()
-        lora: StepLora = RunsLora(runs)
-        head: StepLora | None = RunsLora(head_runs) if form.edges else None
-        if self._model.runs_kernels:
-            lora = PooledLora(self._weights, inputs.lora_rows())
-        return replace(batch, lora=lora, lora_head=head, lora_embedding=embedding)
+        head = RunsLora(head_runs) if form.edges else None
+        return replace(batch, lora=batch.lora or RunsLora(runs), lora_head=head, lora_embedding=embedding)
 
     def _static_batch(self, inputs: StepInputs, *, lora: bool, rows: Tensor | None) -> StepBatch:
         return StepBatch(

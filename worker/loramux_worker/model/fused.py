@@ -63,14 +63,14 @@ class FusedLayer:
 class FusedDecoder:
     """The whole model; the context holds the paged cache."""
 
-    def __init__(self, module: Any, context: StepContext) -> None:
+    def __init__(self, module: Any, context: StepContext, num_positions: int) -> None:
         self._context = context
         self._embedding = module.get_input_embeddings()
         self._head = module.get_output_embeddings()
         self._norm: Tensor = module.model.norm.weight
         self._eps: float = module.config.rms_norm_eps
         self._activation = _ACTIVATIONS[module.config.hidden_act]
-        cos, sin = _rotary_tables(module)
+        cos, sin = _rotary_tables(module, num_positions)
         self._layers = [_fuse_layer(layer, module.config, cos, sin) for layer in module.model.layers]
         self._counters = SplitCounters.make(module.config.num_key_value_heads, cos.device)
 
@@ -87,10 +87,12 @@ class FusedDecoder:
         _, x = add_rms_norm(residual, partials, self._norm, self._eps)
         if batch.rows is not None:
             x = x[batch.rows]
-        logits = linear(x, self._head.weight, self._head.bias, out=out)[0]
+        if out is None:  # given a place, the product comes in one piece
+            out = x.new_empty(x.shape[0], self._head.weight.shape[0])
+        linear(x, self._head.weight, self._head.bias, out=out)
         if batch.lora_head is not None:
-            batch.lora_head.add_(logits, x, self._head.target)
-        return logits
+            batch.lora_head.add_(out, x, self._head.target)
+        return out
 
     def _gate_up(self, x: Tensor, projection: Projection, lora: StepLora | None) -> Tensor:
         """x [rows, hidden] → act(gate) ⊙ up [rows, intermediate]."""
@@ -112,15 +114,15 @@ class FusedDecoder:
         return attended.flatten(1)
 
 
-def fuse(module: Any, context: StepContext) -> FusedDecoder | None:
-    """The fused form of a model, or None where its shape is another."""
+def fuse(module: Any, context: StepContext, num_positions: int) -> FusedDecoder | None:
+    """The fused form of a model for contexts of at most `num_positions`, or None where its shape is another."""
     config = module.config
     if config.model_type not in _ARCHITECTURES or config.hidden_act not in _ACTIVATIONS:
         return None
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("partial_rotary_factor", 1.0) != 1.0 or _head_dim(config) % 2:
         return None
-    return FusedDecoder(module, context)
+    return FusedDecoder(module, context, num_positions)
 
 
 def _head_dim(config: Any) -> int:
@@ -181,9 +183,11 @@ def _pack(parent: nn.Module, packed: str, *siblings: str) -> Projection:
     return Projection(weight, bias, site)
 
 
-def _rotary_tables(module: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [positions, head_dim / 2], from the model's own module."""
-    count = module.config.max_position_embeddings
+def _rotary_tables(module: Any, count: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [count, head_dim / 2], from the model's own module.
+
+    It scales by the largest position that it is asked for (longrope), so no further one may be among them.
+    """
     where = module.get_input_embeddings().weight.device
     positions = torch.arange(count, device=where)[None]
     with torch.inference_mode(False), torch.no_grad():

@@ -122,7 +122,7 @@ def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool |
         module=module,
         context=context,
         targets=targets,
-        fused=fuse(module, context) if fused else None,
+        fused=fuse(module, context, _max_position(text)) if fused else None,
         embedding_target=module.get_input_embeddings().target,
         head_target=module.get_output_embeddings().target,
         name=name,
