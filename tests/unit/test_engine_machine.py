@@ -54,6 +54,7 @@ class FakeRunner(Runner):
         self.cache = [PENDING_TOKEN] * (num_blocks * BLOCK_SIZE)
         self.tables: dict[int, list[int]] = {}
         self.forgotten: list[int] = []
+        self.sampled: list[int] = []  # in the last step that sampled
 
     def forget(self, sequence: Sequence) -> None:
         self.forgotten.append(sequence.sequence_id)
@@ -65,7 +66,7 @@ class FakeRunner(Runner):
         ids = [t for s, n in step.chunks for t in s.tokens(s.num_computed_tokens, s.num_computed_tokens + n)]
         for position, row in zip(*pending_inputs(step.chunks, previous), strict=True):
             assert previous is not None
-            ids[position] = int(previous.token_ids[row])
+            ids[position] = self.sampled[row]
         assert PENDING_TOKEN not in ids, "the model reads a placeholder"
         inputs = iter(ids)
         for sequence, num_tokens in step.chunks:
@@ -76,8 +77,8 @@ class FakeRunner(Runner):
                 self.cache[self.slot(sequence, position)] = next(inputs)
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
         contexts = [[self.cache[self.slot(s, p)] for p in range(s.num_tokens)] for s in sampling]
-        token_ids = torch.tensor([next_token(context) for context in contexts], dtype=torch.int64)
-        return InFlightStep(sampling, PendingSample(token_ids))
+        self.sampled = [next_token(context) for context in contexts]
+        return InFlightStep(sampling, PendingSample(torch.tensor(self.sampled, dtype=torch.int64)))
 
     def slot(self, sequence: Sequence, position: int) -> int:
         return self.tables[sequence.sequence_id][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE

@@ -77,7 +77,7 @@ def filled(plan: StepPlan, shape: StepShape, segments: list[Segment], previous: 
 
 def naive(plan: StepPlan, previous: InFlightStep | None) -> dict[str, list[int]]:
     """The inputs of the rows that are there, one at a time."""
-    names = ("ids", "sources", "positions", "slot_mapping", "adapters", "context_lens", "logit_rows", "logit_adapters")
+    names = ("ids", "sources", "positions", "slot_mapping", "adapters", "context_lens", "logit_rows")
     out: dict[str, list[int]] = {name: [] for name in names}
     out["query_starts"] = [0]
     for (sequence, num_tokens), slot in zip(plan.chunks, plan.slots, strict=True):
@@ -96,7 +96,6 @@ def naive(plan: StepPlan, previous: InFlightStep | None) -> dict[str, list[int]]
         out["context_lens"].append(first + num_tokens)
         if first + num_tokens == len(everything):
             out["logit_rows"].append(len(out["ids"]) - 1)
-            out["logit_adapters"].append(slot)
     return out
 
 
@@ -123,7 +122,6 @@ def test_inputs_of_a_packed_batch(case: Case, spare_rows: int, spare_sequences: 
         "query_starts": tokens,  # a sequence without a token
         "context_lens": 0,
         "logit_rows": 0,
-        "logit_adapters": NO_ADAPTER,
     }
     for name, values in naive(plan, case.previous).items():
         there = inputs.host[name].tolist()

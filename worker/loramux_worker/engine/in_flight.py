@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import Tensor
-
 from loramux_worker.engine.pending_sample import PendingSample, SampledToken
 from loramux_worker.engine.sequence import PENDING_TOKEN, Sequence
 from loramux_worker.scheduler.step import Chunk
@@ -16,13 +14,11 @@ class InFlightStep:
     """A step between its launch and the reading of its tokens.
 
     It samples a token for each of `sequences`, those that caught up in it; the others only read a chunk of their
-    prompt. `token_ids` int64 [rows] lies on the device and is right for whatever is enqueued after the step; `rows`
-    has the row of each sequence id.
+    prompt. `rows` has the row of each sequence id among what it samples.
     """
 
     def __init__(self, sequences: list[Sequence], sample: PendingSample) -> None:
         self.sequences = sequences
-        self.token_ids: Tensor = sample.token_ids
         self.rows = {sequence.sequence_id: row for row, sequence in enumerate(sequences)}
         self._places = [len(sequence.generated_token_ids) for sequence in sequences]
         self._sample = sample

@@ -52,7 +52,6 @@ class StepShape:
             "context_lens": self.sequences,
             "table_rows": self.sequences,
             "logit_rows": self.sequences,
-            "logit_adapters": self.sequences,
             "num_units": 1,
             "units": self.units,
             "segments": 4 * self.segments,

@@ -110,7 +110,6 @@ def fill(
     _put(inputs, "context_lens", computed + lengths, 0)
     _put(inputs, "table_rows", rows, tables.spare_row)
     _put(inputs, "logit_rows", ends[samples] - 1, 0)
-    _put(inputs, "logit_adapters", slots[samples], NO_ADAPTER)
     if inputs.shape.units:
         units = lora_units(inputs.host["adapters"], ranks, inputs.shape.units)
         inputs.host["num_units"][0] = len(units)
