@@ -38,7 +38,7 @@ def _combined(sums, outs, ROWS: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit(do_not_specialize=["T"])
-def _decode(
+def _decode_attention(
     qkv, positions, cos, sin, query_gain, key_gain, key_cache, value_cache, slot_mapping, tables, table_rows, out,
     partial_sums, partial_out, counters, T,
     NH: tl.constexpr, NKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -150,7 +150,7 @@ def launch(
     partials = num_rows * layer.num_kv_heads * splits if splits > 1 else 0
     sums = torch.empty(partials, 2, query_rows, dtype=torch.float32, device=out.device)
     outs = torch.empty(partials, query_rows, 2 * int(fixed["HALF"]), dtype=torch.float32, device=out.device)
-    _decode[(layer.num_kv_heads, num_rows, splits)](
+    _decode_attention[(layer.num_kv_heads, num_rows, splits)](
         qkv,
         positions,
         layer.cos,

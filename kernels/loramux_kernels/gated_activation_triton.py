@@ -23,7 +23,7 @@ def activate(x, GATE: tl.constexpr):
 
 
 @triton.jit
-def _gated(x, out, N: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr):
+def _gated_activation(x, out, N: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -38,4 +38,6 @@ def launch(gate_up: Tensor, out: Tensor, gate: int) -> None:
     use_pdl = pdl(out.device)
     num_rows, columns = out.shape
     grid = (triton.cdiv(columns, _BLOCK), num_rows)
-    _gated[grid](gate_up, out, N=columns, BLOCK=_BLOCK, GATE=gate, PDL=use_pdl, num_warps=4, launch_pdl=use_pdl)
+    _gated_activation[grid](
+        gate_up, out, N=columns, BLOCK=_BLOCK, GATE=gate, PDL=use_pdl, num_warps=4, launch_pdl=use_pdl
+    )

@@ -20,7 +20,7 @@ from loramux_kernels.tiles import RowsTile, VectorTile
 
 
 @triton.jit(do_not_specialize=["M"])
-def _rows(
+def _linear_rows(
     x, w, out, bias, delta, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     SWAP: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, DELTA: tl.constexpr,
@@ -82,7 +82,7 @@ def _rows(
 
 
 @triton.jit
-def _vector(
+def _linear_vector(
     x, w, out, bias, delta,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     DELTA: tl.constexpr, PDL: tl.constexpr,
@@ -138,7 +138,7 @@ def rows(
     use_pdl = pdl(x.device)
     block = max(16, min(128, triton.next_power_of_2(num_rows)))
     grid = (triton.cdiv(columns, tile.columns) * tile.split, triton.cdiv(num_rows, block))
-    _rows[grid](
+    _linear_rows[grid](
         x,
         weight,
         out,
@@ -169,7 +169,7 @@ def vector(
     """Launch over the one row of `x` [1, K]."""
     use_pdl = pdl(x.device)
     columns = out.shape[-1]
-    _vector[(triton.cdiv(columns, tile.columns),)](
+    _linear_vector[(triton.cdiv(columns, tile.columns),)](
         x,
         weight,
         out,

@@ -75,8 +75,8 @@ class LoraRows:
     """Which adapter each row of a batch has, and how the work is divided.
 
     `slots` int32 [rows], -1 for none. Where many rows share an adapter, `segments` int32 [4, n]: first row, last row
-    (exclusive), slot and part of runs of at most `most_in_segment` rows that together cover all rows; unused ones at
-    the end are empty. Without them the kernels work row by row.
+    (exclusive), slot and part of runs of at most `most_in_segment` rows; unused ones at the end are empty. What comes
+    out for a row in no segment is whatever lay there: it must be padding. Without segments the kernels work row by row.
 
     Where an adapter's rank is large, the work is `divided`: into the parts that segments name, or row by row into
     `units` int32 [any], `row · 32 + part`, of which `num_units` int32 [1] are in use: first one for each row, then

@@ -97,7 +97,7 @@ def _expand_part(
 
 
 @triton.jit(do_not_specialize=["target", "T"])
-def _by_row(
+def _expand_by_row(
     partials, elements, b_offsets, ranks, slots, units, num_units, out, target, T,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, PIECES: tl.constexpr, SLICES: tl.constexpr,
     NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, ADD: tl.constexpr, ALL_PIECES: tl.constexpr, BN: tl.constexpr,
@@ -159,7 +159,7 @@ def _segment_part(
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
-def _by_segment(
+def _expand_by_segment(
     partials, elements, b_offsets, ranks, segments, out, target, T, G,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, PIECES: tl.constexpr, SLICES: tl.constexpr,
     NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr,
@@ -224,12 +224,12 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
     num_rows = out.shape[0]
     if rows.segments is None:
         pieces = triton.next_power_of_2(partials.shape[0])
-        _by_row[(blocks, program_rows(rows))](
+        _expand_by_row[(blocks, program_rows(rows))](
             *shared, *units(rows), out, site.target, num_rows, ALL_PIECES=pieces, **constants, num_warps=2
         )
         return
     num_segments = rows.segments.shape[1]
-    _by_segment[(blocks, num_segments)](
+    _expand_by_segment[(blocks, num_segments)](
         *shared,
         rows.segments,
         out,

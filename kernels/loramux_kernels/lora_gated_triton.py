@@ -25,7 +25,7 @@ _WHOLE = tl.constexpr(WHOLE)
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
-def _gated_by_segment(
+def _expand_gated_by_segment(
     partials, elements, b_offsets, ranks, segments, gate_up, out, target, T, G,
     N: tl.constexpr, PIECES: tl.constexpr, NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, GATE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -76,7 +76,7 @@ def expand_gated(
     use_pdl = pdl(out.device)
     num_rows, columns = out.shape
     num_segments = rows.segments.shape[1]
-    _gated_by_segment[(triton.cdiv(columns, 128), num_segments)](
+    _expand_gated_by_segment[(triton.cdiv(columns, 128), num_segments)](
         partials,
         weights.elements,
         weights.b_offsets,

@@ -55,7 +55,7 @@ def _shrink_row(a, tile, rank, page, step, x, h, k, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["target", "T"])
-def _by_row(
+def _shrink_by_row(
     x, elements, a_offsets, ranks, slots, units, num_units, partials, target, T,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr,
     DIVIDED: tl.constexpr, PDL: tl.constexpr,
@@ -90,7 +90,7 @@ def _by_row(
 
 
 @triton.jit(do_not_specialize=["target", "T", "G"])
-def _by_segment(
+def _shrink_by_segment(
     x, elements, a_offsets, ranks, segments, partials, target, T, G,
     K: tl.constexpr, PIECE: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr,
     NUM_TARGETS: tl.constexpr, RANKS: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -143,12 +143,12 @@ def shrink(x: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSite, part
     launch = {"PDL": use_pdl, "num_warps": 4, "launch_pdl": use_pdl}
     grid = (partials.shape[0], len(site.widths))
     if rows.segments is None:
-        _by_row[(*grid, program_rows(rows))](
+        _shrink_by_row[(*grid, program_rows(rows))](
             *shared, *units(rows), partials, site.target, num_rows, K=width, BK=length, **constants, **launch
         )
         return
     num_segments = rows.segments.shape[1]
-    _by_segment[(*grid, num_segments)](
+    _shrink_by_segment[(*grid, num_segments)](
         *shared,
         rows.segments,
         partials,

@@ -2,7 +2,8 @@
 
 A program takes a tile of query rows, some tokens of one sequence times the query heads that share one KV head, and
 walks over the context with the online softmax of Dao, "FlashAttention-2", ICLR 2024. When decoding leaves too few
-programs to fill a GPU, several share a context and `_join` adds up their parts (Dao et al., "Flash-Decoding", 2023).
+programs to fill a GPU, several share a context and `_join_splits` adds up
+their parts (Dao et al., "Flash-Decoding", 2023).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _scores(query, keys, scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_STEP_ARGUMENTS, do_not_specialize_on_alignment=_METADATA)
-def _attend(
+def _paged_attention(
     query, key_cache, value_cache, out, parts, part_sums, query_starts, context_lens, block_tables, table_rows,
     sequences, table_stride, query_token, query_head, scale,
     UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -151,7 +152,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["query_starts"])
-def _join(
+def _join_splits(
     parts, part_sums, out, query_starts, sequences,
     D: tl.constexpr, D_PADDED: tl.constexpr, OUT_TOKEN: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +267,7 @@ def paged_attention(
     unit = 8 if query.stride(0) % 8 == 0 == query.stride(1) % 8 else 1
     early = pdl(query.device)
     tiles = sequences if decode else num_tokens // tokens + sequences
-    _attend[(tiles, kv_heads, splits)](
+    _paged_attention[(tiles, kv_heads, splits)](
         query, key_cache, value_cache, out, parts, part_sums,
         batch.query_starts, batch.context_lens, batch.block_tables, batch.table_rows,
         sequences, batch.block_tables.stride(0), query.stride(0) // unit, query.stride(1) // unit, float(scale),
@@ -277,7 +278,7 @@ def paged_attention(
         PRECISION="ieee", PDL=early, num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
-        _join[(sequences, heads)](
+        _join_splits[(sequences, heads)](
             parts, part_sums, out, batch.query_starts, sequences,
             D=dim, D_PADDED=padded, OUT_TOKEN=out.stride(0), SPLITS=splits, PDL=early, num_warps=2, launch_pdl=early,
         )  # fmt: skip

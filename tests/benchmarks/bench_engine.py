@@ -1,6 +1,6 @@
 """What the engine takes on a GPU: decode steps, prefill, one request alone, and a crowd.
 
-    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,ranks,crowd,peft]
+    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,ranks,crowd,pool,profile,peft]
 
 Random weights of the true shape, bf16, adapters of `--rank` on `--modules`, all resident unless said otherwise. The
 last line of the output is a JSON object with machine, versions and figures; times are in milliseconds. The byte floor
@@ -19,9 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rig import ALL_LINEARS, Rig, adapter_layout, copy_bandwidth, median_of_replays, random_model, write_adapter
+from gpu_rig import (
+    ALL_LINEARS,
+    Rig,
+    adapter_layout,
+    copy_bandwidth,
+    median_of_replays,
+    pool_memory,
+    random_model,
+    write_adapter,
+)
 from machine import describe_machine
 from peft_on_gpu import peft_figures
+from step_profile import profile_step
 
 from loramux_worker.engine.protocol import AdapterReference
 
@@ -38,15 +48,16 @@ def main() -> None:
     layout = adapter_layout(model, arguments.rank, modules)
     adapter_bytes = layout.num_elements * model.dtype.itemsize
     most = max(arguments.batches)
+    crowded = arguments.crowd_sequences if "crowd" in arguments.only else 0
     crowd = random.Random(1).choices(range(1000), [1 / (i + 1) for i in range(1000)], k=512)  # Zipf(1)
     resident = max(most, len(set(crowd)))
     rig = Rig.make(
         model,
         max_model_len=1024,
-        max_batch_sequences=most,
+        max_batch_sequences=max(most, crowded),
         max_batched_tokens=4096,
         max_batch_ranks=1 << 20,
-        kv_cache_memory=(most + 8) * 256 * model.kv_bytes_per_token,
+        kv_cache_memory=(max(most, crowded) + 8) * 256 * model.kv_bytes_per_token,
         adapter_memory=(resident + 1) * adapter_bytes + (1 << 20),
         host_memory=(resident + 1) * adapter_bytes,
     )
@@ -74,10 +85,15 @@ def main() -> None:
                 figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
             elif part == "ranks":
                 figures["ranks"] = _ranks(rig, modules, bandwidth)
+            elif part == "pool":
+                figures["pool"] = pool_memory(model, 1000, 8, ("q_proj", "v_proj"))
+                print("pool", figures["pool"], flush=True)
+            elif part == "profile":
+                figures["profile"] = _profile(rig, arguments.batches, mixes)
             elif part == "peft":
                 figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
             else:
-                raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd or peft")
+                raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd, pool, profile or peft")
     finally:  # what was measured before an interruption is not lost
         document = {"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}
         print(json.dumps(document))
@@ -150,6 +166,15 @@ def _alone(rig: Rig, mixes: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _profile(rig: Rig, batches: list[int], mixes: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for batch in batches:
+        for mix, adapters in mixes.items():
+            rows.append({"mix": mix, **profile_step(rig, batch, adapters)})
+            print("profile", rows[-1], flush=True)
+    return rows
+
+
 def _ranks(rig: Rig, modules: list[str], bandwidth: float) -> dict[str, Any]:
     """A step of 64 rows: 63 adapters of rank 8 beside one of rank 256, and what their bytes would say."""
     rig.evict_adapters()
@@ -204,6 +229,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 32, 64, 128, 256]
     )
+    parser.add_argument("--crowd-sequences", type=int, default=512, help="--max-batch-sequences of the crowd")
     parser.add_argument("--only", default="steps,prefill,alone,ranks,crowd")
     return parser.parse_args()
 

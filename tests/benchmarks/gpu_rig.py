@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import AdapterKey, HostAdapter
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.layout import AdapterLayout
@@ -133,6 +134,23 @@ class Rig:
             last = now
         self.outputs.clear()
         return seconds
+
+
+def pool_memory(model: ServedModel, count: int, rank: int, modules: Sequence[str]) -> dict[str, Any]:
+    """What the device gives away for `count` resident adapters, tables and staging included, and their own bytes."""
+    layout = adapter_layout(model, rank, modules)
+    targets = [model.targets[module.target] for module in layout.modules]
+    own = count * sum(rank * (t.in_features + t.out_features) for t in targets) * model.dtype.itemsize
+    adapter = allocate(layout.num_elements, model.dtype, pin=True).normal_()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    pool = AdapterPool(count * layout.num_elements, len(model.targets), 4096, model.device, model.dtype)
+    for i in range(count):
+        assert pool.load(HostAdapter((f"resident-{i}", "sha256:0"), layout, adapter)) is not None, "there is no room"
+    torch.cuda.synchronize()
+    assert pool.num_adapters == count
+    taken = before - torch.cuda.mem_get_info()[0]
+    return {"adapters": count, "rank": rank, "bytes": taken, "own_bytes": own, "ratio": round(taken / own, 4)}
 
 
 def write_adapter(folder: Path, model: ServedModel, rank: int, modules: Sequence[str] = ALL_LINEARS) -> Path:

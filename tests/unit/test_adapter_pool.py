@@ -55,8 +55,8 @@ def check_contents(pool: AdapterPool, held: dict[int, HostAdapter]) -> None:
                 pool.elements[b_offset:][: rank * shape.out_features].view(rank, -1),
             )
             for view, table, wanted in zip(tile, through_tables, expected, strict=True):
-                assert torch.equal(view, wanted)
-                assert torch.equal(table, wanted)
+                assert torch.equal(view.cpu(), wanted)
+                assert torch.equal(table.cpu(), wanted)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -249,3 +249,39 @@ def test_plans_carry_the_fewest_elements(parts: list[tuple[int, bool]], data: st
     for extent in allocator.taken:
         assert len(np.unique(cells[extent.offset : extent.end].numpy())) == 1, "a move wrote over another extent"
     assert allocator.allocate(size) is not None
+
+
+@pytest.mark.gpu
+def test_the_copy_into_a_full_pool_does_not_wait_for_steps_that_never_read_what_leaves() -> None:
+    first, second = sized(1, 64), sized(2, 64)
+    device = torch.device("cuda")
+    pool = AdapterPool(first.layout.num_elements, len(TARGETS), 2, device, torch.float32)
+    pinned = [HostAdapter(a.key, a.layout, a.run.pin_memory()) for a in (first, second)]
+    assert pool.load(pinned[0]) is not None
+    pool.pin(first.key)
+    pool.unpin(first.key)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 31)  # about a second: a step under way
+    step = torch.cuda.Event()
+    step.record()
+    slot = pool.load(pinned[1])
+    copied, _ = pool._being_copied[-1]
+    copied.synchronize()
+    assert not step.query(), "the copy was over first"
+    assert slot is not None
+    check_contents(pool, {slot: pinned[1]})
+
+
+@pytest.mark.gpu
+def test_the_copy_into_a_full_pool_waits_for_the_last_step_that_reads_what_leaves() -> None:
+    first, second = sized(1, 64), sized(2, 64)
+    device = torch.device("cuda")
+    pool = AdapterPool(first.layout.num_elements, len(TARGETS), 2, device, torch.float32)
+    pinned = [HostAdapter(a.key, a.layout, a.run.pin_memory()) for a in (first, second)]
+    assert pool.load(pinned[0]) is not None
+    pool.pin(first.key)
+    torch.cuda._sleep(1 << 28)
+    read = pool.elements.clone()
+    pool.unpin(first.key)
+    assert pool.load(pinned[1]) is not None
+    assert torch.equal(read.cpu(), pinned[0].run)

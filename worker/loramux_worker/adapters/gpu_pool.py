@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import KeysView
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ Tile = tuple[Tensor, Tensor]
 """Views of one module's A [rank, in_features] and Bᵀ [rank, out_features] in the pool."""
 
 
+class _Moment(NamedTuple):
+    """A point in the device's stream; of two, the one with the greater number is the later."""
+
+    number: int
+    event: torch.cuda.Event
+
+
 @dataclass(slots=True, eq=False)
 class _Resident:
     key: AdapterKey
@@ -40,6 +48,7 @@ class _Resident:
     layout: AdapterLayout
     placed: PlacedModules
     pins: int = 0
+    idle: _Moment | None = None  # since when nothing that is enqueued reads it
     tiles: list[Tile | None] | None = None  # made when asked for, void after a move
 
 
@@ -68,9 +77,9 @@ class AdapterPool:
         self._free_slots = list(range(max_slots))[::-1]
         self._being_copied: deque[tuple[torch.cuda.Event, HostAdapter]] = deque()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._vacated: torch.cuda.Event | None = None  # the last time that elements were given up or moved
+        self._moments = 0
+        self._vacated = self._now()  # from then on nothing reads what was given up; the zeros are on their way
         self.hits_total = self.misses_total = self.evictions_total = self.moves_total = 0
-        self._note_vacated()  # the zeros are on their way
 
     @property
     def capacity_elements(self) -> int:
@@ -155,6 +164,8 @@ class AdapterPool:
         resident = self._residents[key]
         assert resident.pins > 0, f"{key} is not pinned"
         resident.pins -= 1
+        if not resident.pins:
+            resident.idle = self._now()
 
     def evict(self, key: AdapterKey) -> None:
         """Remove a resident adapter that is not pinned; its slot then means no adapter."""
@@ -166,7 +177,7 @@ class AdapterPool:
         """Free what an adapter took that the policy has forgotten."""
         resident = self._residents.pop(key)
         self._extents.free(resident.offset)
-        self._note_vacated()
+        self._vacated = max(filter(None, (self._vacated, resident.idle)), default=None)
         self._by_slot[resident.slot] = None
         self._free_slots.append(resident.slot)
         self.tables.clear(resident.slot)
@@ -219,16 +230,19 @@ class AdapterPool:
                 piece = self._staging[:count].copy_(piece)
             self.elements[to + at :][:count].copy_(piece)
         self._extents.apply(move)
-        self._note_vacated()
+        self._vacated = self._now()
         resident.offset, resident.tiles = to, None
         self.tables.place(resident.slot, resident.placed, to)
         self.moves_total += 1
 
-    def _note_vacated(self) -> None:
-        """Steps that were enqueued until now may still read what is given up."""
-        if self._copies is not None:
-            self._vacated = torch.cuda.Event()
-            self._vacated.record()
+    def _now(self) -> _Moment | None:
+        """What is enqueued until now is over then; None where it is over already."""
+        if self._copies is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        self._moments += 1
+        return _Moment(self._moments, event)
 
     def _copy(self, adapter: HostAdapter, target: Tensor) -> None:
         """Start the copy of an adapter, whose memory on the host must not be returned before its end."""
@@ -238,7 +252,7 @@ class AdapterPool:
         while self._being_copied and self._being_copied[0][0].query():
             self._being_copied.popleft()
         if self._vacated is not None:
-            self._copies.wait_event(self._vacated)
+            self._copies.wait_event(self._vacated.event)
         with torch.cuda.stream(self._copies):
             target.copy_(adapter.run, non_blocking=True)
         copied = torch.cuda.Event()

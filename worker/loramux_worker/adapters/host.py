@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import structlog
+import torch
 from torch import Tensor
 
 from loramux_schemas import ErrorCode
@@ -73,6 +74,11 @@ class _Load:
     has_room: bool = False
 
 
+def _use_one_core() -> None:
+    """Loads run beside one another; were each to use all cores, they and the steps would wait for one another."""
+    torch.set_num_threads(1)  # of this thread, and of threads that have computed nothing yet
+
+
 class HostTier:
     """At most `capacity_bytes` of one model's adapters; S3-FIFO decides which of those that nobody waits for leave.
 
@@ -96,7 +102,7 @@ class HostTier:
         self._pin = pin
         self._wake = wake
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load")
+        self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load", initializer=_use_one_core)
         self._adapters: dict[AdapterKey, HostAdapter] = {}
         self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_bytes)
         self._wanted: set[AdapterKey] = set()

@@ -7,6 +7,7 @@ registering the mapping with CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -34,9 +35,11 @@ def allocate(num_elements: int, dtype: torch.dtype, *, pin: bool) -> Tensor:
     A copy to the device that is still running keeps nothing alive: whoever starts one holds on to the tensor.
     """
     num_bytes = num_elements * dtype.itemsize
-    if not pin:
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
     mapping = _PinnedMapping(-1, num_bytes)
+    with contextlib.suppress(OSError):  # fewer pages are mapped and pinned sooner; some kernels have no larger ones
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    if not pin:
+        return torch.frombuffer(mapping, dtype=dtype)
     run = torch.frombuffer(mapping, dtype=dtype)
     mapping.register(run.data_ptr())
     return run

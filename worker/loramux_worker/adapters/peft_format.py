@@ -133,16 +133,41 @@ class AdapterFiles:
     def read_into(self, run: Tensor) -> None:
         """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled before the cast.
 
-        What is read goes straight to its place: the only other memory is one tensor at a time.
+        What is read goes straight to its place, the rest through memory for one tensor: and with few calls, since
+        what runs in Python here keeps the engine's thread from running.
         """
         self._check_copies()
+        largest = max(entry.num_elements * entry.dtype.itemsize for s in self._sources for entry in (s.a, s.b))
+        scratch = allocate(largest, torch.uint8, pin=False)
         for source, place in zip(self._sources, self.layout.modules, strict=True):
-            a = place.a(run).copy_(self._file.read(source.a))
-            _check_finite(a, source.a.name)
-            scaled = allocate(source.b.num_elements, torch.float32, pin=False).view(source.b.shape)
-            scaled.copy_(self._file.read(source.b)).mul_(source.scaling)
-            b = place.b(run).copy_(scaled.t())
-            _check_finite(b, source.b.name)
+            a, b = place.a(run), place.b(run)
+            if source.a.dtype == run.dtype:
+                self._file.read_into(a, source.a)
+            else:
+                a.copy_(self._read_through(scratch, source.a))
+            values = self._read_through(scratch, source.b).t()
+            if source.b.dtype == run.dtype:
+                b.copy_(values)  # a transposition in blocks; scaled afterwards it is rounded once all the same
+                if source.scaling != 1.0:
+                    b.mul_(source.scaling)
+            else:
+                torch.mul(values.float(), source.scaling, out=b)
+        if not _is_finite(run):
+            self._name_what_is_not_finite(run)
+
+    def _read_through(self, scratch: Tensor, entry: TensorEntry) -> Tensor:
+        """The tensor, in scratch memory."""
+        values = scratch[: entry.num_elements * entry.dtype.itemsize].view(entry.dtype)
+        return self._file.read_into(values, entry).view(entry.shape)
+
+    def _name_what_is_not_finite(self, run: Tensor) -> None:
+        dtype = str(run.dtype).removeprefix("torch.")
+        for source, place in zip(self._sources, self.layout.modules, strict=True):
+            for entry, values in ((source.a, place.a(run)), (source.b, place.b(run))):
+                if not _is_finite(values):
+                    raise AdapterInvalid(
+                        f"{quoted(entry.name)} has NaN or infinite values, or some that are too large for {dtype}"
+                    )
 
     def _check_copies(self) -> None:
         for name, entry in self._copies.items():
@@ -245,8 +270,6 @@ def _match_to_config(
     return sources
 
 
-def _check_finite(values: Tensor, name: str) -> None:
+def _is_finite(values: Tensor) -> bool:
     lowest, highest = torch.aminmax(values)  # NaN if there is one; and no tensor of flags, unlike isfinite
-    if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
-        dtype = str(values.dtype).removeprefix("torch.")
-        raise AdapterInvalid(f"{quoted(name)} has NaN or infinite values, or some that are too large for {dtype}")
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -75,20 +75,25 @@ class TensorFile:
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, in the file's dtype, on the CPU."""
-        return self._read_elements(entry, 0, entry.num_elements).view(entry.shape)
+        values = allocate(entry.num_elements, entry.dtype, pin=False)  # malloc would keep some of it for ever
+        return self.read_into(values, entry).view(entry.shape)
 
     def read_pieces(self, entry: TensorEntry, max_elements: int) -> Iterator[Tensor]:
         """The tensor's elements in order, at most `max_elements` at a time."""
         for first in range(0, entry.num_elements, max_elements):
-            yield self._read_elements(entry, first, min(max_elements, entry.num_elements - first))
+            values = allocate(min(max_elements, entry.num_elements - first), entry.dtype, pin=False)
+            yield self.read_into(values, entry, first)
 
-    def _read_elements(self, entry: TensorEntry, first: int, count: int) -> Tensor:
-        values = allocate(count, entry.dtype, pin=False)  # malloc would keep some of it for ever
-        view = values.view(torch.uint8).numpy().data
+    def read_into(self, values: Tensor, entry: TensorEntry, first: int = 0) -> Tensor:
+        """Fill `values`, contiguous and of the file's dtype, with the tensor's elements from `first` on."""
+        view = values.view(-1).view(torch.uint8).numpy().data
+        at, done = entry.offset + first * entry.dtype.itemsize, 0
         try:
-            self._file.seek(entry.offset + first * entry.dtype.itemsize)
-            if self._file.readinto(view) != len(view):  # type: ignore[attr-defined]
-                raise AdapterInvalid(f"{self._name} became shorter while it was read")
+            while done < len(view):  # one call reads two gigabytes at most
+                count = os.preadv(self._file.fileno(), [view[done:]], at + done)
+                if not count:
+                    raise AdapterInvalid(f"{self._name} became shorter while it was read")
+                done += count
         except OSError as error:
             raise unreadable(self._name, error) from None
         return values

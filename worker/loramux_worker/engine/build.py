@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from loramux_worker.adapters.base_weights import BaseWeights
 from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import HostTier
@@ -126,6 +128,11 @@ def assemble(
     if on_gpu and config.cuda_graphs:
         try:
             runner.capture_graphs()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"--kv-cache-memory {memory.num_blocks * config.block_size * model.kv_bytes_per_token} with "
+                f"--adapter-memory {memory.adapter_bytes}: the largest step does not fit beside them; say less"
+            ) from error
         except RuntimeError as error:  # a model's own code may wait for the device, or memory may have run out
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigurationError(

@@ -13,8 +13,10 @@ from loramux_worker.model.loader import ServedModel
 
 GIB = 1 << 30
 
-# shares of what is free once the weights are loaded
-_GPU_KV_SHARE, _GPU_ADAPTER_SHARE = 0.70, 0.20  # the rest is for activations
+# shares of what is free on a GPU once the weights are loaded and a step has its room
+_GPU_KV_SHARE, _GPU_ADAPTER_SHARE = 0.78, 0.22
+_LIBRARIES = GIB // 2  # CUDA graphs, workspaces of the vendor's libraries, compiled kernels
+_LOGITS_COPIES = 7  # float32 each: the logits, what filters and penalties make of them, counts of used tokens
 _CPU_SHARE, _CPU_MOST = 0.10, 1 * GIB  # a laptop is used for other things too
 _HOST_SHARE = 0.25
 
@@ -37,7 +39,12 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
     free_host = available_host_memory()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # packing the weights left pieces behind that nothing else fits into
-        free, _ = torch.cuda.mem_get_info(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] - step_memory(config, model)
+        if free <= 0:
+            raise ConfigurationError(
+                f"--max-batched-tokens {config.max_batched_tokens}: a step does not fit into what the weights leave "
+                "of the GPU; say fewer, or fewer --max-batch-sequences"
+            )
         kv, adapters = int(free * _GPU_KV_SHARE), int(free * _GPU_ADAPTER_SHARE)
     else:
         kv = adapters = min(int(free_host * _CPU_SHARE), _CPU_MOST)
@@ -58,6 +65,17 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
         adapter_bytes=adapters if config.adapter_memory is None else config.adapter_memory,
         host_bytes=host if config.host_memory is None else config.host_memory,
     )
+
+
+def step_memory(config: EngineConfig, model: ServedModel) -> int:
+    """Bytes that the largest step takes on a GPU beside weights, cache and adapters; rather too many than too few."""
+    sequences = config.max_batch_sequences
+    tokens = max(config.max_batched_tokens, sequences)
+    layers = [t for i, t in enumerate(model.targets) if i not in model.edge_targets]
+    outputs = sum(t.out_features for t in layers) // model.num_layers  # of one layer, as if all were held at once
+    hidden = model.targets[model.embedding_target].out_features
+    activations = tokens * (2 * outputs + 4 * hidden) * model.dtype.itemsize
+    return activations + _LOGITS_COPIES * 4 * sequences * model.vocab_size + _LIBRARIES
 
 
 def available_host_memory() -> int:

@@ -85,6 +85,24 @@ class Runner:
         self._logits = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
         self.graphs = StepGraphs(self._prepare_capture, self._run_static, most, self._limits.max_batched_tokens)
         self.graphs.capture()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run the largest step in each way that no graph has: kernels are compiled now, and want of memory shows."""
+        most, sequences = self._limits.max_batched_tokens, self._limits.max_batch_sequences
+        plain = StepShape(most, min(most, sequences), most_query_tokens=most)
+        for divided in (False, True):
+            by_row = replace(plain, divided=divided)
+            for segment in (ROWS_IN_SEGMENT, _LONG_SEGMENT):
+                room = -(-most // segment) + SPARE_SEGMENTS * divided
+                by_segment = replace(by_row, segments=room, rows_in_segment=segment)
+                self._run_padding(GraphKey(by_segment, lora=True))
+            self._run_padding(GraphKey(by_row, lora=True))
+        self._run_padding(GraphKey(plain, lora=False))
+
+    def _run_padding(self, key: GraphKey) -> None:
+        self._prepare_capture(key)
+        self._run_static(key)
 
     def forget(self, sequence: Sequence) -> None:
         """Release what is kept for a sequence that ended."""
