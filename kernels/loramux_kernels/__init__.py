@@ -5,7 +5,7 @@ The functions of this package are what the worker's model calls. They run on wha
 
 from loramux_kernels.add_rms_norm import add_rms_norm
 from loramux_kernels.decode_attention import SplitCounters, decode_attention
-from loramux_kernels.draw import draw_filtered, draw_unsorted
+from loramux_kernels.draw import draw_tokens
 from loramux_kernels.gated_activation import Activation, gated_activation
 from loramux_kernels.linear import gated_linear, is_for_library, linear
 from loramux_kernels.lora import (
@@ -38,8 +38,7 @@ __all__ = [
     "apply_penalties",
     "counter_uniform",
     "decode_attention",
-    "draw_filtered",
-    "draw_unsorted",
+    "draw_tokens",
     "gated_activation",
     "gated_linear",
     "greedy",

@@ -1,8 +1,13 @@
 """Drawing a token, each row with its own temperature and filters.
 
+    weight_t = ⌊2⁴³ · exp((logit_t − max) / temperature)⌋          token = the first whose running sum of the weights
+                                                                   that the filters leave exceeds uniform · their sum
+
 A row's token must depend on the row alone, on every device, but sums of floats depend on the order in which they are
 added, which a device chooses by the size of the batch. So probabilities are whole numbers here, `ONE` for the most
-likely token: their sums are exact in any order.
+likely token: their sums are exact in any order. What the filters leave is what they leave of the tokens in falling
+order, of equals the lowest id first; the draw then goes through them in the order of the vocabulary. So an
+implementation needs to know where to cut, but not to sort.
 
 Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020 (top-p); Nguyen et al., "Turning Up the
 Heat: Min-p Sampling", ICLR 2025 (min-p).
@@ -13,54 +18,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loramux_kernels.top_tokens import top_tokens
+from loramux_kernels.backend import runs_triton
 
 ONE = 1 << 43
 """Weight of the most likely token: a million tokens of it fit an int64. What is 1e-13 as likely is never drawn."""
 
+LEAST_TEMPERATURE = 1e-300
+"""Its reciprocal is a number; a smaller one is as greedy."""
 
-def draw_unsorted(logits: Tensor, temperature: Tensor, uniform: Tensor, min_p: Tensor | None = None) -> Tensor:
-    """Draw from rows without top-k and top-p, which need no order of the vocabulary.
 
-    Args:
-        logits: float32 [rows, vocabulary].
-        temperature: float64 [rows, 1], above 0.
-        uniform: float64 [rows] in [0, 1).
-        min_p: float64 [rows, 1], 0 = off; None: off for all.
-
-    Returns:
-        token ids int64 [rows].
-    """
-    weights = token_weights(logits, temperature)
-    if min_p is not None:
+def draw_tokens_reference(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """In torch, in the shape of `draw_tokens`, for as many rows as its temporaries (40 bytes a logit) allow."""
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
+    weights = token_weights(logits, temperature[:, None])
+    if ((top_k > 0) | (top_p < 1)).any():
+        weights = filter_sorted(logits, weights, top_k, top_p, min_p)
+    else:
         weights = weights.masked_fill(weights < min_p * ONE, 0)
     return draw(weights, uniform)
 
 
-def draw_filtered(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, most: int
+def draw_tokens(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """Draw from the `most` most likely tokens of each row, as its filters allow.
-
-    Fewer than the vocabulary are selected, not sorted: `most` should be small where every row has a small top-k.
+    """Draw a token for each row.
 
     Args:
-        logits: float32 [rows, vocabulary].
-        temperature, top_p, min_p: float64 [rows, 1], see `apply_filters`.
+        logits: float32 [rows, vocabulary], contiguous.
+        temperature: float64 [rows], above 0.
         uniform: float64 [rows] in [0, 1).
-        top_k: int64 [rows, 1]; 0, off, only where `most` is the vocabulary.
-        most: at least each row's top-k.
+        top_k: int64 [rows], 0 = off.
+        top_p, min_p: float64 [rows], 1 and 0 = off.
 
     Returns:
-        token ids int64 [rows].
+        token ids int64 [rows]; any of the vocabulary for a row whose logits are not numbers.
     """
-    if most < logits.shape[-1]:
-        token_ids = top_tokens(logits, most)
-        ordered = logits.gather(-1, token_ids)
-    else:
-        ordered, token_ids = logits.sort(dim=-1, descending=True, stable=True)
-    weights = apply_filters(token_weights(ordered, temperature), top_k, top_p, min_p)
-    return token_ids.gather(-1, draw(weights, uniform)[:, None])[:, 0]
+    if not runs_triton(logits):
+        return draw_tokens_reference(logits, temperature, uniform, top_k, top_p, min_p)
+    from loramux_kernels import draw_triton
+
+    out = torch.empty_like(top_k)
+    draw_triton.launch(logits, temperature, uniform, top_k, top_p, min_p, out)
+    return out
 
 
 def token_weights(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -74,7 +75,14 @@ def token_weights(logits: Tensor, temperature: Tensor) -> Tensor:
         int64 [rows, n].
     """
     distance = logits - logits.amax(-1, keepdim=True)
-    return (distance / temperature).exp_().mul_(ONE).long()  # float64 from the division on
+    inverse = temperature.clamp(min=LEAST_TEMPERATURE).reciprocal()
+    return (distance * inverse).exp_().mul_(ONE).long()  # float64 from the product on
+
+
+def filter_sorted(logits: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """`apply_filters` for weights int64 [rows, n] in the order of the vocabulary, as `logits` are."""
+    token_ids = logits.argsort(dim=-1, descending=True, stable=True)
+    return weights.scatter(-1, token_ids, apply_filters(weights.gather(-1, token_ids), top_k, top_p, min_p))
 
 
 def apply_filters(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

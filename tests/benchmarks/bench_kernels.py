@@ -1,19 +1,18 @@
 """What each kernel takes on a GPU, beside the bytes that it cannot do without.
 
-    python tests/benchmarks/bench_kernels.py [--shape 8b|1b] [--only lora,linear,attention,norm] [--quick]
+    python tests/benchmarks/bench_kernels.py [--shape 8b|1b] [--only lora,linear,attention,norm,draw] [--quick]
 
 For each op a table: microseconds of one call, its floor (every byte read and written once, over the bandwidth of a
 copy on this card) and their ratio. A call is
-    lora       the adapters' share of one whole layer: shrink and expand at qkv, o, gate_up and down, all of rank 16
-               unless its name says otherwise; "n distinct" and "by token" work row by row
+    lora       shrink and expand at all sites of a layer, rank 16 if not said; "n distinct", "by token": row by row
     linear     one packed weight; torch.mm is the same product by the vendor's library, without the activation
     attention  one layer; decode_attention rotates and stores the new token too, paged_attention is a prefill
     norm       add_rms_norm, its input in L2 as it is in a step, so that a ratio under 1 is possible
+    draw       a token for each row of float32 logits, under filters; torch sorts
 
 Times are replays of a CUDA graph of many calls in a row, as a step is one: launches overlap (programmatic dependent
 launch), and each call has weights, adapters or a cache of its own, so that L2 holds none of them. Every case is
 compared with torch first: a kernel that is wrong ends the run. The first run compiles the kernels, about a minute.
-
 The last line of the output is a JSON object with machine, versions and figures.
 """
 
@@ -28,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from draw_cases import draw_cases
 from kernel_cases import MIXES, Case, Shape, copies, linear_cases, lora_cases, norm_cases, relative_error
 from machine import describe_machine
 from torch import Tensor
@@ -237,7 +237,7 @@ def measure(case: Case, bandwidth: float, median: Callable[..., float]) -> dict[
     floor = case.num_bytes / bandwidth * 1e6
     figures = {"us": taken, "floor_us": floor, "ratio": taken / floor}
     if case.library:
-        figures["torch_mm_us"] = time_calls(case.library, case.num_bytes, median)
+        figures["torch_us"] = time_calls(case.library, case.num_bytes, median)
     if case.flops:
         figures["TFLOP_s"] = case.flops / taken / 1e6
     return {"case": case.name, **{name: round(x, 2) for name, x in figures.items()}, "error": float(f"{error:.2g}")}
@@ -245,7 +245,7 @@ def measure(case: Case, bandwidth: float, median: Callable[..., float]) -> dict[
 
 def print_row(row: dict[str, Any]) -> None:
     """One line of a table."""
-    more = "".join(f"{row[key]:>12}" if key in row else " " * 12 for key in ("torch_mm_us", "TFLOP_s"))
+    more = "".join(f"{row[key]:>12}" if key in row else " " * 12 for key in ("torch_us", "TFLOP_s"))
     print(f"{row['case']:<44}{row['us']:>10.2f}{row['floor_us']:>10.2f}{row['ratio']:>8.2f}{more}", flush=True)
 
 
@@ -265,12 +265,13 @@ def main() -> None:
         "linear": lambda: linear_cases(shape, chosen.rows),
         "attention": lambda: attention_cases(shape, chosen.decodes, chosen.prefills),
         "norm": lambda: norm_cases(shape, chosen.norm_rows),
+        "draw": lambda: draw_cases(shape, (64,) if arguments.quick else (1, 64, 256)),
     }
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, a copy at {bandwidth / 1e12:.2f} TB/s; shape {arguments.shape}")
     figures: dict[str, list[dict[str, Any]]] = {}
     for op in arguments.only:
-        print(f"\n{op:<44}{'us':>10}{'floor':>10}{'ratio':>8}{'torch.mm':>12}{'TFLOP/s':>12}")
+        print(f"\n{op:<44}{'us':>10}{'floor':>10}{'ratio':>8}{'torch':>12}{'TFLOP/s':>12}")
         figures[op] = []
         for case in ops[op]():
             figures[op].append(measure(case, bandwidth, median_of_replays))
@@ -280,7 +281,7 @@ def main() -> None:
 
 
 def _ops(text: str) -> list[str]:
-    known, asked = ("lora", "linear", "attention", "norm"), text.split(",")
+    known, asked = ("lora", "linear", "attention", "norm", "draw"), text.split(",")
     if unknown := [op for op in asked if op not in known]:
         raise argparse.ArgumentTypeError(f"no op {unknown[0]!r}; say any of {','.join(known)}")
     return asked
@@ -289,7 +290,7 @@ def _ops(text: str) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("8b", "1b"), default="8b", help="Llama 3.1 8B (default) or TinyLlama 1.1B")
-    parser.add_argument("--only", type=_ops, default="lora,linear,attention,norm", help="some of these ops")
+    parser.add_argument("--only", type=_ops, default="lora,linear,attention,norm,draw", help="some of these ops")
     parser.add_argument("--quick", action="store_true", help="a few cases of each op, for a look while tuning")
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ class Case:
     num_bytes: float  # of one call, everything read and written once
     error: Callable[[], float]  # relative, of the first call, against torch
     flops: float = 0.0  # of one call, where it is long enough to be bound by them
-    library: Sequence[Callable[[], object]] = ()  # what torch.mm takes for the same product
+    library: Sequence[Callable[[], object]] = ()  # the same by torch alone
 
 
 @dataclass(frozen=True)

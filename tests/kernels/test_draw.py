@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loramux_kernels import counter_uniform, draw_filtered, draw_unsorted
+from loramux_kernels import counter_uniform, draw_tokens
 from loramux_kernels.draw import ONE, draw, token_weights
 
 VOCAB = 1000
@@ -32,14 +32,20 @@ def uniform_of(num: int, seed: int) -> torch.Tensor:
     return counter_uniform(torch.full((num,), seed), torch.arange(num))
 
 
+def draw_alike(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Rows that all have the same parameters."""
+    temperatures, top_ps, min_ps = (torch.full_like(uniform, x) for x in (temperature, top_p, min_p))
+    return draw_tokens(logits, temperatures, uniform, torch.full((len(uniform),), top_k), top_ps, min_ps)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("min_p", [0.0, 0.02])
-def test_unsorted_draws_follow_the_distribution(temperature, min_p):
+def test_unfiltered_draws_follow_the_distribution(temperature, min_p):
     n = 20_000
     logits = torch.randn(60, generator=torch.Generator().manual_seed(1)) * 2
     probabilities = (logits.double() / temperature).softmax(-1)
     probabilities[probabilities < min_p * probabilities.max()] = 0
-    drawn = draw_unsorted(logits.expand(n, -1), column([temperature] * n), uniform_of(n, 7), column([min_p] * n))
+    drawn = draw_alike(logits.expand(n, -1), uniform_of(n, 7), temperature, min_p=min_p)
     assert chi_square(drawn, probabilities / probabilities.sum()) < 4
 
 
@@ -55,8 +61,7 @@ def test_filtered_draws_follow_the_distribution(top_k, top_p, min_p):
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     probabilities[probabilities < min_p * probabilities[0]] = 0
     dense = torch.zeros(60, dtype=torch.float64).scatter(0, kept.indices, probabilities / probabilities.sum())
-    columns = (column([top_k] * n, torch.int64), column([top_p] * n), column([min_p] * n))
-    drawn = draw_filtered(logits.expand(n, -1), column([1.0] * n), uniform_of(n, 8), *columns, most=top_k or 60)
+    drawn = draw_alike(logits.expand(n, -1), uniform_of(n, 8), 1.0, top_k, top_p, min_p)
     assert chi_square(drawn, dense) < 4
 
 
@@ -64,27 +69,32 @@ def test_a_row_is_drawn_alike_alone_and_in_any_batch():
     n = 64
     g = torch.Generator().manual_seed(3)
     logits = (torch.randn(n, VOCAB, generator=g) * 3).bfloat16().float()  # full of equals
-    temperature = column([0.3 + 0.02 * i for i in range(n)])
-    uniform = uniform_of(n, 9)
-    top_k = torch.randint(1, 60, (n, 1), generator=g)
-    top_p = torch.rand(n, 1, generator=g, dtype=torch.float64)
-    min_p = torch.rand(n, 1, generator=g, dtype=torch.float64) * 0.2
-
-    def both(rows: slice, most: int) -> torch.Tensor:
-        common = (logits[rows], temperature[rows], uniform[rows])
-        filters = (top_k[rows], top_p[rows], min_p[rows])
-        return torch.stack([draw_unsorted(*common, min_p[rows]), draw_filtered(*common, *filters, most)])
-
-    together = both(slice(0, n), 60)
+    arguments = (
+        logits,
+        torch.linspace(0.3, 1.6, n, dtype=torch.float64),
+        uniform_of(n, 9),
+        torch.randint(1, 60, (n,), generator=g) * (torch.arange(n) % 2),
+        torch.rand(n, generator=g, dtype=torch.float64),
+        torch.rand(n, generator=g, dtype=torch.float64) * 0.2,
+    )
+    together = draw_tokens(*arguments)
     for size in (1, 3, 31):
-        for most in (60, 100, VOCAB):
-            pieces = [both(slice(start, start + size), most) for start in range(0, n, size)]
-            assert torch.equal(torch.cat(pieces, dim=1), together)
+        pieces = [draw_tokens(*(t[start : start + size] for t in arguments)) for start in range(0, n, size)]
+        assert torch.equal(torch.cat(pieces), together)
+
+
+def test_what_the_filters_leave_is_drawn_in_the_order_of_the_vocabulary():
+    logits = torch.tensor([[1.0, 3.0, 0.0, 2.0, 3.0]]).expand(5, -1)
+    uniform = torch.tensor([0.0, 0.4, 0.45, 0.55, 0.999], dtype=torch.float64)  # 3, 2 and 3 have 0.42, 0.16 and 0.42
+    assert draw_alike(logits, uniform, top_k=3).tolist() == [1, 1, 3, 3, 4]
+    assert draw_alike(logits, uniform, top_p=0.5).tolist() == [1, 1, 1, 4, 4]
+    assert draw_alike(logits, uniform, min_p=0.9).tolist() == [1, 1, 1, 4, 4]
 
 
 def test_the_smallest_temperature_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.999, -1e30, float("-inf")]] * 50)
-    assert (draw_unsorted(logits, column([1e-30] * 50), uniform_of(50, 1)) == 1).all()
+    for temperature in (1e-30, 1e-320):  # the reciprocal of the latter is infinite
+        assert (draw_alike(logits, uniform_of(50, 1), temperature) == 1).all()
 
 
 def test_weights_are_probabilities_over_the_largest():
@@ -110,9 +120,6 @@ def test_logits_that_are_not_numbers_lead_nowhere_else():
     logits = torch.full((3, VOCAB), float("nan"))
     logits[1, 5:] = 1.0
     logits[2] = float("-inf")
-    columns = (column([0] * 3, torch.int64), column([0.9] * 3), column([0.1] * 3))
-    for drawn in (
-        draw_unsorted(logits, column([1.0] * 3), uniform_of(3, 1)),
-        draw_filtered(logits, column([1.0] * 3), uniform_of(3, 1), *columns, most=VOCAB),
-    ):
+    for top_p in (1.0, 0.9):
+        drawn = draw_alike(logits, uniform_of(3, 1), top_p=top_p, min_p=0.1)
         assert ((drawn >= 0) & (drawn < VOCAB)).all()

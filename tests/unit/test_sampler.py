@@ -74,7 +74,8 @@ def test_penalties_count_tokens_that_the_host_has_not_read(device: torch.device)
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_a_row_is_the_same_in_any_batch(device: torch.device, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "_MOST_ELEMENTS", at_once * VOCAB)
+    for bound in ("_MOST_ELEMENTS", "_MOST_DRAWN_ON_GPU"):
+        monkeypatch.setattr(sampler_module, bound, at_once * VOCAB)
     together = make_sequences(*ALL_KINDS)
     alone = make_sequences(*ALL_KINDS)
     one, each = Sampler(VOCAB, device), [Sampler(VOCAB, device) for _ in alone]

@@ -1,15 +1,17 @@
 """Logits to tokens, every row with its sequence's own parameters, and nothing waits for the device.
 
 A batch in which nobody asks for more than greedy tokens costs one argmax. Rows that ask for more are worked on
-together as a sub-batch, so that one creative request does not make the others sort their vocabulary.
+together as a sub-batch, so that one creative request does not make the others wait for what they did not ask for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from loramux_kernels import apply_penalties, counter_uniform, draw_filtered, draw_unsorted, greedy, top_tokens
+from loramux_kernels import apply_penalties, counter_uniform, draw_tokens, greedy, top_tokens
 from loramux_worker.engine.pending_sample import PendingLogprobs, PendingSample
 from loramux_worker.engine.protocol import SamplingParameters
 from loramux_worker.engine.sequence import Sequence
@@ -17,8 +19,9 @@ from loramux_worker.engine.token_usage import TokenUsage
 from loramux_worker.engine.transfers import download, upload
 
 _NEVER = float("-inf")
-_MOST_ELEMENTS = 1 << 23  # logits worked on at once: a draw takes some 40 bytes for each
-_SHORT = 1024  # up to this top-k, selecting is cheaper than sorting
+# logits worked on at once: penalties, log-probabilities and a CPU's draw take some 40 bytes for each, a GPU's draw 12
+_MOST_ELEMENTS = 1 << 23
+_MOST_DRAWN_ON_GPU = 1 << 25
 
 
 class Sampler:
@@ -44,14 +47,22 @@ class Sampler:
         """
         token_ids = greedy(logits)
         special = [row for row, sequence in enumerate(sequences) if not sequence.is_plain]
-        at_once = max(1, _MOST_ELEMENTS // self._vocab_size)
         logprobs: list[PendingLogprobs] = []
-        for start in range(0, len(special), at_once):
-            rows = special[start : start + at_once]
+        for rows in self._chunks(special, sequences):
             pending = self._sample_special(logits, token_ids, rows, [sequences[row] for row in rows])
             if pending is not None:
                 logprobs.append(pending)
         return PendingSample(token_ids, logprobs)
+
+    def _chunks(self, rows: list[int], sequences: list[Sequence]) -> Iterator[list[int]]:
+        """Rows to work on together, as many as there is memory for."""
+        on_gpu = self._device.type == "cuda"
+        drawn = [row for row in rows if on_gpu and _is_only_drawn(sequences[row].sampling)]
+        others = [row for row in rows if not on_gpu or not _is_only_drawn(sequences[row].sampling)]
+        for group, most in ((drawn, _MOST_DRAWN_ON_GPU), (others, _MOST_ELEMENTS)):
+            at_once = max(1, most // self._vocab_size)
+            for start in range(0, len(group), at_once):
+                yield group[start : start + at_once]
 
     def _sample_special(
         self, logits: Tensor, token_ids: Tensor, rows: list[int], sequences: list[Sequence]
@@ -100,40 +111,23 @@ class Sampler:
         return logits.flatten().index_fill(0, on_device, _NEVER).view_as(logits)
 
     def _draw(self, logits: Tensor, chosen: Tensor, sequences: list[Sequence]) -> None:
-        """Draw for the rows that have a temperature, into `chosen`, each with no more work than its filters need."""
-        unsorted: list[int] = []
-        short: list[int] = []
-        full: list[int] = []
-        for i, s in enumerate(sequences):
-            p = s.sampling
-            if p.temperature > 0:
-                if 0 < p.top_k < self._vocab_size:
-                    (short if p.top_k <= _SHORT else full).append(i)
-                else:
-                    (full if p.top_p < 1 else unsorted).append(i)
-        most = max((sequences[i].sampling.top_k for i in short), default=0)
-        for rows, count in ((unsorted, 0), (short, most), (full, self._vocab_size)):
-            if rows:
-                self._draw_group(logits, chosen, rows, [sequences[i] for i in rows], count)
-
-    def _draw_group(
-        self, logits: Tensor, chosen: Tensor, rows: list[int], sequences: list[Sequence], most: int
-    ) -> None:
-        """Draw for `rows` from at most the `most` most likely tokens, or without an order of tokens if 0."""
-        parameters = [s.sampling for s in sequences]
-        (on_device, seeds, positions, top_k), floats = upload(
+        """Draw for the rows that have a temperature, into `chosen`."""
+        rows = [i for i, s in enumerate(sequences) if s.sampling.temperature > 0]
+        if not rows:
+            return
+        parameters = [sequences[i].sampling for i in rows]
+        (on_device, seeds, positions, top_k), (temperature, top_p, min_p) = upload(
             self._device,
-            [rows, [p.seed for p in parameters], [s.num_tokens for s in sequences], [p.top_k for p in parameters]],
+            [
+                rows,
+                [p.seed for p in parameters],
+                [sequences[i].num_tokens for i in rows],
+                [p.top_k for p in parameters],
+            ],
             [[p.temperature for p in parameters], [p.top_p for p in parameters], [p.min_p for p in parameters]],
         )
-        temperature, top_p, min_p = (column[:, None] for column in floats)
-        uniform = counter_uniform(seeds, positions)
-        subset = logits[on_device]
-        if most:
-            drawn = draw_filtered(subset, temperature, uniform, top_k[:, None], top_p, min_p, most)
-        else:
-            any_min_p = any(p.min_p > 0 for p in parameters)
-            drawn = draw_unsorted(subset, temperature, uniform, min_p if any_min_p else None)
+        subset = logits if len(rows) == len(sequences) else logits[on_device]
+        drawn = draw_tokens(subset, temperature, counter_uniform(seeds, positions), top_k, top_p, min_p)
         chosen.index_copy_(0, on_device, drawn)
 
     def _logprobs(
@@ -154,6 +148,10 @@ class Sampler:
             download(logprobs.gather(-1, top_ids)),
             download(top_ids),
         )
+
+
+def _is_only_drawn(p: SamplingParameters) -> bool:
+    return p.logprobs is None and not _has_penalty(p)
 
 
 def _has_penalty(p: SamplingParameters) -> bool:
