@@ -234,8 +234,7 @@ class HostTier:
                         self._parked[load.reference.key] = self._running.pop(load.reference.key)
                         return None
                 assert load.num_bytes == num_bytes, "the files of a revision never change"
-            run = allocate(files.layout.num_elements, self._limits.dtype, pin=self._pin)
-            files.read_into(run)
+            run = allocate(files.layout.num_elements, self._limits.dtype, pin=self._pin, fill=files.read_into)
             return HostAdapter(load.reference.key, files.layout, run)
 
     def _queue(self, load: _Load) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,17 +30,20 @@ class _PinnedMapping(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
-def allocate(num_elements: int, dtype: torch.dtype, *, pin: bool) -> Tensor:
-    """A zeroed run of elements on the CPU, pinned if asked; its memory is returned when the tensor is dropped.
+def allocate(
+    num_elements: int, dtype: torch.dtype, *, pin: bool, fill: Callable[[Tensor], object] = lambda run: None
+) -> Tensor:
+    """A run of elements on the CPU, zeroed, then given to `fill`, then pinned if asked.
 
-    A copy to the device that is still running keeps nothing alive: whoever starts one holds on to the tensor.
+    Filled first, its pages are mapped side by side with other loads, not one by one under the driver's lock. The
+    memory is returned when the tensor is dropped. A copy to the device that is still running keeps nothing alive:
+    whoever starts one holds on to the tensor.
     """
-    num_bytes = num_elements * dtype.itemsize
-    mapping = _PinnedMapping(-1, num_bytes)
+    mapping = _PinnedMapping(-1, num_elements * dtype.itemsize)
     with contextlib.suppress(OSError):  # fewer pages are mapped and pinned sooner; some kernels have no larger ones
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    if not pin:
-        return torch.frombuffer(mapping, dtype=dtype)
     run = torch.frombuffer(mapping, dtype=dtype)
-    mapping.register(run.data_ptr())
+    fill(run)
+    if pin:
+        mapping.register(run.data_ptr())
     return run

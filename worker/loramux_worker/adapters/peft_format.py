@@ -7,6 +7,7 @@ ranks and values must be right. Nothing is skipped, padded or guessed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.name_patterns import PatternMatcher
-from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile, consecutive
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PIECE_BYTES = 4 << 20  # what a core's cache holds
 _PICKLED_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _ENDINGS = {
@@ -133,32 +135,22 @@ class AdapterFiles:
     def read_into(self, run: Tensor) -> None:
         """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled before the cast.
 
-        What is read goes straight to its place, the rest through memory for one tensor: and with few calls, since
-        what runs in Python here keeps the engine's thread from running.
+        Some megabytes at a time, each piece with a handful of calls: loads run beside the engine's thread, and every
+        call that lets go of the interpreter and takes it again is one that the others may wait for.
         """
         self._check_copies()
-        largest = max(entry.num_elements * entry.dtype.itemsize for s in self._sources for entry in (s.a, s.b))
-        scratch = allocate(largest, torch.uint8, pin=False)
+        places: dict[str, tuple[Tensor, float | None]] = {}
         for source, place in zip(self._sources, self.layout.modules, strict=True):
-            a, b = place.a(run), place.b(run)
-            if source.a.dtype == run.dtype:
-                self._file.read_into(a, source.a)
-            else:
-                a.copy_(self._read_through(scratch, source.a))
-            values = self._read_through(scratch, source.b).t()
-            if source.b.dtype == run.dtype:
-                b.copy_(values)  # a transposition in blocks; scaled afterwards it is rounded once all the same
-                if source.scaling != 1.0:
-                    b.mul_(source.scaling)
-            else:
-                torch.mul(values.float(), source.scaling, out=b)
+            places[source.a.name] = place.a(run), None
+            places[source.b.name] = place.b(run), source.scaling
+        entries = sorted((e for s in self._sources for e in (s.a, s.b)), key=lambda entry: entry.offset)
+        pieces = list(consecutive(entries, _PIECE_BYTES))
+        scratch = allocate(max(end - start for start, end, _ in pieces), torch.uint8, pin=False)
+        for start, end, piece in pieces:
+            self._file.read_bytes(scratch[: end - start], start)
+            _place_tensors([(e.view(scratch, start), *places[e.name]) for e in piece])
         if not _is_finite(run):
             self._name_what_is_not_finite(run)
-
-    def _read_through(self, scratch: Tensor, entry: TensorEntry) -> Tensor:
-        """The tensor, in scratch memory."""
-        values = scratch[: entry.num_elements * entry.dtype.itemsize].view(entry.dtype)
-        return self._file.read_into(values, entry).view(entry.shape)
 
     def _name_what_is_not_finite(self, run: Tensor) -> None:
         dtype = str(run.dtype).removeprefix("torch.")
@@ -268,6 +260,33 @@ def _match_to_config(
     if not sources:
         raise AdapterInvalid("its target_modules are none of this model's")
     return sources
+
+
+def _place_tensors(tensors: Sequence[tuple[Tensor, Tensor, float | None]]) -> None:
+    """Copy each A, of scaling None, to its place, and each B, scaled and transposed; what is copied is overwritten."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    scaled: list[Tensor] = []
+    scalings: list[float] = []
+    for tensor, place, scaling in tensors:
+        values = tensor
+        if scaling is not None:
+            if scaling != 1.0:
+                if tensor.dtype != place.dtype or not _is_exact(scaling):
+                    values = tensor.float()  # torch rounds the scaling to what it multiplies
+                scaled.append(values)
+                scalings.append(scaling)
+            values = values.t()
+        targets.append(place)
+        sources.append(values)
+    if scaled:
+        torch._foreach_mul_(scaled, scalings)
+    torch._foreach_copy_(targets, sources)
+
+
+def _is_exact(scaling: float) -> bool:
+    """Whether a product with it in any float dtype is the same as one in float32 that is rounded: a power of two."""
+    return math.frexp(scaling)[0] == 0.5 and 2.0**-14 <= scaling <= 2.0**15
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,36 @@ class TensorEntry:
     def num_elements(self) -> int:
         """Product of the shape."""
         return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the file, exclusive."""
+        return self.offset + self.num_elements * self.dtype.itemsize
+
+    def view(self, memory: Tensor, start: int) -> Tensor:
+        """The tensor in bytes that were read from `start` of the file on: a view, or a copy where it is unaligned."""
+        piece = memory[self.offset - start : self.end - start]
+        if piece.data_ptr() % self.dtype.itemsize:
+            piece = piece.clone()
+        return piece.view(self.dtype).view(self.shape)
+
+
+def consecutive(entries: Iterable[TensorEntry], most_bytes: int) -> Iterator[tuple[int, int, list[TensorEntry]]]:
+    """Entries in the order of their offsets in pieces: start and end in the file, and what is wanted of it.
+
+    A piece is no longer than `most_bytes`, unless it is of one entry.
+    """
+    start, end, piece = 0, 0, list[TensorEntry]()
+    for entry in entries:
+        if piece and entry.end - start > most_bytes:
+            yield start, end, piece
+            piece = []
+        if not piece:
+            start = entry.offset
+        piece.append(entry)
+        end = entry.end
+    if piece:
+        yield start, end, piece
 
 
 class TensorFile:
@@ -86,17 +116,20 @@ class TensorFile:
 
     def read_into(self, values: Tensor, entry: TensorEntry, first: int = 0) -> Tensor:
         """Fill `values`, contiguous and of the file's dtype, with the tensor's elements from `first` on."""
-        view = values.view(-1).view(torch.uint8).numpy().data
-        at, done = entry.offset + first * entry.dtype.itemsize, 0
+        self.read_bytes(values.view(-1).view(torch.uint8), entry.offset + first * entry.dtype.itemsize)
+        return values
+
+    def read_bytes(self, memory: Tensor, start: int) -> None:
+        """Fill `memory`, uint8 and contiguous, from `start` of the file on."""
+        view, done = memory.numpy().data, 0
         try:
             while done < len(view):  # one call reads two gigabytes at most
-                count = os.preadv(self._file.fileno(), [view[done:]], at + done)
+                count = os.preadv(self._file.fileno(), [view[done:]], start + done)
                 if not count:
                     raise AdapterInvalid(f"{self._name} became shorter while it was read")
                 done += count
         except OSError as error:
             raise unreadable(self._name, error) from None
-        return values
 
     def _read_header(self) -> dict[str, TensorEntry]:
         name, size = self._name, os.fstat(self._file.fileno()).st_size
