@@ -70,10 +70,10 @@ def main() -> None:
     if graphs is not None:
         figures["graphs"] = {"count": len(graphs), "seconds": round(graphs.seconds, 1), "bytes": graphs.num_bytes}
         print(f"graphs: {figures['graphs']}", flush=True)
-    adapters = rig.load_adapters([arguments.rank] * resident, modules)
-    mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
     try:
         for part in arguments.only.split(","):
+            adapters = rig.load_adapters([arguments.rank] * resident, modules)  # those that a part before has evicted
+            mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
             if part == "steps":
                 figures["steps"] = _steps(rig, arguments.batches, mixes, adapter_bytes, bandwidth)
             elif part == "prefill":
@@ -81,7 +81,6 @@ def main() -> None:
             elif part == "alone":
                 figures["alone"] = _alone(rig, mixes)
             elif part == "crowd":
-                adapters = rig.load_adapters([arguments.rank] * resident, modules)
                 figures["crowd"] = _crowd(rig, arguments, crowd, adapters)
             elif part == "ranks":
                 figures["ranks"] = _ranks(rig, modules, bandwidth)

@@ -114,7 +114,7 @@ def assemble(
             base_weights=BaseWeights.of_model(model.module),
         ),
         pin=on_gpu,
-        max_loads=min(16, max(4, (os.cpu_count() or 1) // 2)),  # half the cores are left to the steps and the front
+        max_loads=min(8, max(4, (os.cpu_count() or 1) // 4)),  # more wait for one another's memory
     )
     adapters = AdapterResidency(host, pool)
     limits = SchedulerConfig(
