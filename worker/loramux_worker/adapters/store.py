@@ -4,7 +4,7 @@
 
 Credentials and endpoints come from each cloud's usual environment variables (`AWS_ACCESS_KEY_ID`,
 `AWS_ENDPOINT_URL`, …). S3 needs `s3:GetObject` and `s3:ListBucket`: without the second, S3 says "forbidden"
-for what is not there. Plain web servers need nothing but GET and HEAD.
+for what is not there. Plain web servers need nothing but GET and HEAD, and a 404 for what is not there.
 """
 
 from __future__ import annotations

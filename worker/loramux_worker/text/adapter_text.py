@@ -33,7 +33,7 @@ from loramux_worker.text.pipeline import Pipeline
 from loramux_worker.text.tokenizer import Tokenizer
 from loramux_worker.text.vocabulary import check_vocabulary
 
-TEMPLATE_SECONDS = 1.0  # of processor time; a template takes less than a thousandth for a usual conversation
+TEMPLATE_SECONDS = 1.0  # of processor time; a conversation of twenty messages takes a thousandth of it
 
 
 class AdapterText:

@@ -19,7 +19,7 @@ from loramux_worker.text.tokenizer import Tokenizer
 log = structlog.get_logger(__name__)
 
 CAPACITY = 1024  # tokenizers that are kept, in units of one that shares the model's vocabulary
-OWN_PIPELINE = 32  # units of one that does not: some 60 MB for 128,000 tokens, so 2 GB for all at most
+OWN_PIPELINE = 32  # units of one that does not: some 30 MB for 128,000 tokens, so 1 GB for all of them
 MAX_REVISIONS = 1 << 14  # whose text is known; some 400 bytes each
 NUM_THREADS = 4
 NUM_LOADERS = 2
