@@ -158,6 +158,28 @@ async def test_adapter_arrives_and_a_new_revision_follows(s3: S3Server, s3_bucke
 
 
 @pytest.mark.usefixtures("environment")
+async def test_text_comes_with_the_adapter_and_changes_its_revision(
+    s3: S3Server, s3_bucket: str, tmp_path: Path
+) -> None:
+    bucket, clock = s3.store(s3_bucket), Clock()
+    await put(bucket, "acme/support", b"weights")
+    await bucket.put_async("adapters/acme/support/checkpoint-1/tokenizer.json", b"not its own")
+    async with catalog_of(s3_bucket, tmp_path, clock=clock) as catalog:
+        revisions = [await fetch(catalog, "acme/support")]
+        for content in (b"one", b"two"):
+            await bucket.put_async("adapters/acme/support/chat_template.jinja", content)
+            clock.now += TTL
+            revisions.append(await fetch(catalog, "acme/support"))
+        assert len({reference.revision for reference in revisions}) == 3
+        texts = [Path(reference.path) / "chat_template.jinja" for reference in revisions]
+        assert [text.read_bytes() if text.exists() else None for text in texts] == [None, b"one", b"two"]
+        assert not (Path(revisions[2].path) / "tokenizer.json").exists()
+        await bucket.delete_async("adapters/acme/support/chat_template.jinja")
+        clock.now += TTL
+        assert await fetch(catalog, "acme/support") == revisions[0]
+
+
+@pytest.mark.usefixtures("environment")
 async def test_what_is_no_adapter(s3: S3Server, s3_bucket: str, tmp_path: Path) -> None:
     bucket = s3.store(s3_bucket)
     await put(bucket, "acme/support", b"weights")

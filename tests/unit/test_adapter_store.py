@@ -12,9 +12,18 @@ import pytest
 
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.store import MAX_CONFIG_BYTES, AdapterStore, StoreChanged
+from loramux_worker.adapters.text_files import MAX_TEXT_BYTES
 from loramux_worker.errors import ConfigurationError, RequestFailed
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": b"weights" * 1000}
+TEXT = {
+    "tokenizer.json": b"tokenizer",
+    "tokenizer_config.json": b"{}",
+    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "generation_config.json": b"{}",
+}
 
 
 def put(folder: Path, files: dict[str, bytes]) -> None:
@@ -48,6 +57,14 @@ async def test_template_leads_to_the_adapter(tmp_path: Path, template: str, plac
     assert await read(store, "acme/support", tmp_path) == FILES
 
 
+@pytest.mark.parametrize("names", [sorted(TEXT), ["chat_template.jinja"], ["generation_config.json", "tokenizer.json"]])
+async def test_the_text_that_an_adapter_brings_comes_with_it(tmp_path: Path, names: list[str]) -> None:
+    files = FILES | {name: TEXT[name] for name in names}
+    others = {"checkpoint-1/tokenizer.json": b"", "additional_chat_templates/tools.jinja": b"", "vocab.json": b""}
+    put(tmp_path / "a", files | others)
+    assert await read(AdapterStore(f"file://{tmp_path}/{{adapter_id}}"), "a", tmp_path) == files
+
+
 @pytest.mark.parametrize(
     ("files", "code", "reason"),
     [
@@ -71,6 +88,12 @@ async def test_template_leads_to_the_adapter(tmp_path: Path, template: str, plac
             },
             ErrorCode.ADAPTER_INVALID,
             "adapter_config.json has 4194305 bytes",
+        ),
+        (
+            {f"a/b/{name}": content for name, content in FILES.items()}
+            | {"a/b/chat_template.jinja": b" " * (MAX_TEXT_BYTES["chat_template.jinja"] + 1)},
+            ErrorCode.ADAPTER_INVALID,
+            "chat_template.jinja has 4194305 bytes, over 4194304",
         ),
     ],
 )
@@ -198,6 +221,9 @@ async def test_plain_web_server(web: WebServer, tmp_path: Path) -> None:
             await web_store(web).list(adapter_id)
         assert failure.value.code == code
     assert {request.split()[0] for request in web.requests} == {"GET", "HEAD"}
+    assert web.requests["HEAD /adapters/half/tokenizer.json"] == 0, "what is no adapter is not asked for text"
+    web.files |= {f"/adapters/acme/support/{name}": content for name, content in TEXT.items()}
+    assert await read(web_store(web), "acme/support", tmp_path) == FILES | TEXT
 
 
 async def test_server_errors_are_tried_again(web: WebServer, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from adapters_cli import SilentServer, run
 from bad_adapters import CONFIG, WEIGHTS, make_bad_adapters
@@ -17,7 +18,7 @@ from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
 from loramux_worker.adapters.revisions import digest_folder, revision_of
 from loramux_worker.errors import RequestFailed
 from loramux_worker.model.loader import load_model
-from tiny_models import TinyModel, make_model, save_adapter
+from tiny_models import TinyModel, make_model, save_adapter, save_tokenizer
 
 MAX_RANK = 64
 
@@ -88,6 +89,38 @@ def test_a_folder_as_json(tiny: TinyModel, tmp_path: Path, capsys: pytest.Captur
         "revision": None,
         "rank": 9,
         "bytes": num_bytes,
+        "text": None,
+    }
+
+
+def test_the_text_that_an_adapter_brings(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tiny.adapters / tiny.adapter_ids[0]
+    folders = [Path(shutil.copytree(good, tmp_path / name)) for name in ("same", "grown", "other")]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.eos_token = "<t7>"
+    tokenizer.save_pretrained(folders[0])
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folders[1])
+    (folders[1] / "chat_template.jinja").unlink()
+    (folders[1] / "generation_config.json").write_text('{"eos_token_id": 300}')
+    save_tokenizer(folders[2], vocab_size=300)
+    outcome = run(capsys, "check", *folders, "--model", tiny.path)
+    assert outcome.code == 1
+    text = [line for line in outcome.out.splitlines() if line.startswith(("text:", "  tokenizer:", "refused:"))]
+    assert text[:4] == [
+        "text: chat_template.jinja, tokenizer.json, tokenizer_config.json",
+        "  tokenizer: its own, the same tokens; chat template: its own; ends with: </s> (257), <t7> (265)",
+        "text: generation_config.json, tokenizer.json, tokenizer_config.json",
+        "  tokenizer: its own, 1 tokens more; chat template: the model's; ends with: <t42> (300), <t7> (265)",
+    ]
+    assert "the vocabulary of its tokenizer is not the model's: '<t42>', token 300 of the model, is no token" in text[4]
+    outcome = run(capsys, "check", folders[0], "--model", tiny.path, "--json")
+    assert json.loads(outcome.out)["adapters"][0]["text"] == {
+        "files": ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"],
+        "tokenizer": "its own, the same tokens",
+        "chat_template": "its own",
+        "eos_token_ids": [257, 265],
     }
 
 

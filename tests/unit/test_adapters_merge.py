@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters_cli import interrupted_when, run
 from loramux_worker.model import merge as merging
-from tiny_models import TinyModel, make_model, save_adapter
+from loramux_worker.text.adapter_text import AdapterText
+from loramux_worker.text.tokenizer import Tokenizer
+from tiny_models import TinyModel, make_model, save_adapter, save_tokenizer
 
 # which of make_model's adapters can be merged: two layers' worth of targets, and where not tied the head and embedding
 MERGEABLE = {"llama": (1, 2, 3), "qwen2": (0, 1), "phi3": (1, 2), "gpt_neox": (1, 2)}
@@ -104,6 +107,45 @@ def test_an_id_of_a_store_in_another_dtype(
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(tensor, exact[name].to(torch.bfloat16))  # rounded once, from float32
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "names", [("chat_template.jinja",), ("generation_config.json",), ("tokenizer_config.json",), ()]
+)
+def test_the_text_of_the_adapter_goes_with_it(
+    llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...]
+) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(llama.adapters / llama.adapter_ids[1], adapter)
+    text = tmp_path / "text"
+    tokenizer = AutoTokenizer.from_pretrained(llama.path)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{{ eos_token }}{% endfor %}"
+    tokenizer.eos_token = "<t7>"
+    tokenizer.save_pretrained(text)
+    (text / "generation_config.json").write_text('{"eos_token_id": [300, 301], "temperature": 0.5}')
+    for path in text.iterdir():
+        if not names or path.name in names:
+            shutil.copy(path, adapter)
+    assert run(capsys, "merge", adapter, "--model", llama.path, "--out", out).code == 0
+    served = AdapterText(adapter).tokenizer(Tokenizer.load(str(llama.path)), str(llama.path))
+    merged = Tokenizer.load(str(out))
+    messages = [{"role": "user", "content": "Hi<t7>"}]
+    assert merged.encode_messages(messages) == served.encode_messages(messages)
+    assert merged.eos_token_ids == served.eos_token_ids
+    assert merged.is_special(265) == served.is_special(265)
+    if not names:
+        theirs = AutoTokenizer.from_pretrained(out)
+        assert theirs.apply_chat_template(messages, return_dict=False) == served.encode_messages(messages)
+        assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_text_of_another_model_is_refused(llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(llama.adapters / llama.adapter_ids[1], adapter)
+    save_tokenizer(adapter, vocab_size=300)
+    outcome = run(capsys, "merge", adapter, "--model", llama.path, "--out", out)
+    outcome.assert_refused(str(adapter), "the vocabulary of its tokenizer is not the model's")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_tied_embedding_is_refused(

@@ -83,7 +83,11 @@ def word_piece() -> str:
 
 def hidden_bytes() -> str:
     """Byte-level tokens inside a longer decoder, which we do not know by name; JSON."""
-    backend = Backend.from_str(byte_level())
+    return hidden_decoder(Backend.from_str(byte_level()))
+
+
+def hidden_decoder(backend: Backend) -> str:
+    """The same tokenizer with another decoder; JSON."""
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex("zzz+"), "z")])
     return str(backend.to_str())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import structlog
 
@@ -32,6 +33,7 @@ from loramux_worker.stopwatch import Stopwatch
 from loramux_worker.text.assembler import TextAssembler
 from loramux_worker.text.detokenizer import IncrementalDetokenizer
 from loramux_worker.text.tokenizer import Tokenizer
+from loramux_worker.text.tokenizers import Tokenizers
 
 log = structlog.get_logger(__name__)
 
@@ -43,14 +45,14 @@ class Answerer:
         self,
         *,
         topics: Topics,
-        tokenizer: Tokenizer,
+        tokenizers: Tokenizers,
         catalog: AdapterCatalog,
         pool: EnginePool,
         replies: ReplyWriter,
         post: Callable[[OutgoingRecord], Awaitable[None]],
     ) -> None:
         self._topics = topics
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._catalog = catalog
         self._pool = pool
         self._replies = replies
@@ -73,7 +75,9 @@ class Answerer:
             answer = await self._run(request, route, watch)
         except RequestFailed as error:
             return (self._replies.failed(request, route, error, watch.timing(None)),)
-        except Exception as error:  # a bug of ours must cost one request, not the worker
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a bug of ours, or a panic in Rust, must cost one request, not the worker
             log.exception("request_crashed")
             failed = RequestFailed(ErrorCode.INTERNAL, f"the worker failed: {type(error).__name__}")
             return (self._replies.failed(request, route, failed, watch.timing(None)),)
@@ -89,36 +93,41 @@ class Answerer:
         return route
 
     async def _run(self, request: Request, route: ReplyRoute, watch: Stopwatch) -> Answer:
-        """Bring prompt and adapter together, and generate."""
-        try:
-            async with asyncio.timeout(watch.seconds_until(request.deadline_ms)):
-                prompt, _ = await asyncio.gather(
-                    prompt_token_ids(request, self._tokenizer, self._pool.limits), self._prefetch(request.adapter)
-                )
-                adapter = None if request.adapter is None else await self._catalog.acquire(request.adapter)
-        except TimeoutError:
-            raise RequestFailed(ErrorCode.DEADLINE_EXCEEDED, "the deadline passed before generation") from None
-        watch.prepared()
-        try:
-            return await self._generate(request, route, prompt, adapter)
-        finally:
-            if adapter is not None:
-                self._catalog.release(adapter)
+        """Bring adapter, tokenizer and prompt together, and generate."""
+        async with AsyncExitStack() as leases:
+            try:
+                async with asyncio.timeout(watch.seconds_until(request.deadline_ms)):
+                    adapter = await self._acquire(request.adapter, leases)
+                    tokenizer = await self._tokenizers.of(adapter)
+                    prompt = await prompt_token_ids(request, tokenizer, self._pool.limits)
+            except TimeoutError:
+                raise RequestFailed(ErrorCode.DEADLINE_EXCEEDED, "the deadline passed before generation") from None
+            watch.prepared()
+            return await self._generate(request, route, prompt, adapter, tokenizer)
 
-    async def _prefetch(self, name: AdapterName | None) -> None:
-        """Start the way of the adapter's weights into memory while the prompt is still being read."""
-        if name is not None:
-            self._pool.prefetch(await self._catalog.fetch(name))
+    async def _acquire(self, name: AdapterName | None, leases: AsyncExitStack) -> AdapterReference | None:
+        """The adapter, on disk until `leases` ends; its weights begin their way into memory as soon as it is there."""
+        if name is None:
+            return None
+        self._pool.prefetch(await self._catalog.fetch(name))
+        adapter = await self._catalog.acquire(name)
+        leases.callback(self._catalog.release, adapter)
+        return adapter
 
     async def _generate(
-        self, request: Request, route: ReplyRoute, prompt: list[int], adapter: AdapterReference | None
+        self,
+        request: Request,
+        route: ReplyRoute,
+        prompt: list[int],
+        adapter: AdapterReference | None,
+        tokenizer: Tokenizer,
     ) -> Answer:
         parameters = request.parameters
-        detokenizer = IncrementalDetokenizer(self._tokenizer, prompt, parameters.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(tokenizer, prompt, parameters.skip_special_tokens)
         assembler = TextAssembler(detokenizer, parameters.stop)
         generation = self._pool.submit(
             prompt,
-            sampling_parameters(request, self._tokenizer.eos_token_ids),
+            sampling_parameters(request, tokenizer.eos_token_ids),
             adapter,
             priority=request.priority,
             deadline=None if request.deadline_ms is None else request.deadline_ms / 1000,
@@ -129,9 +138,9 @@ class Answerer:
             self._pool.cancel(generation)
         text = assembler.text
         if parameters.return_full_text:
-            text = (request.prompt or self._tokenizer.decode(prompt, True)) + text
+            text = (request.prompt or tokenizer.decode(prompt, True)) + text
         reason = FinishReason.STOP_SEQUENCE if assembler.stopped else FinishReason(generation.finish_reason or "")
-        return Answer(generation, count, text, reason, len(prompt), adapter)
+        return Answer(generation, count, text, reason, len(prompt), adapter, tokenizer)
 
     async def _follow(
         self, request: Request, route: ReplyRoute, generation: Generation, assembler: TextAssembler

@@ -1,7 +1,7 @@
 """The front: one asyncio process that wires intake → text → engines → publisher.
 
 intake ─► Answerer (one task a request) ─► delivery
-             │ tokenizer   catalog   pool
+             │ catalog   tokenizers   pool
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from loramux_worker.pool import EnginePool
 from loramux_worker.replies import ReplyWriter, Topics
 from loramux_worker.settings import WorkerSettings
 from loramux_worker.text.tokenizer import Tokenizer
+from loramux_worker.text.tokenizers import Tokenizers
 
 log = structlog.get_logger(__name__)
 
@@ -173,7 +174,8 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
+    tokenizers = Tokenizers(await asyncio.to_thread(Tokenizer.load, settings.model), settings.model)
+    stack.callback(tokenizers.close)
     preloaded = await catalog.preload(settings.adapters)
     await engines
     for adapter in preloaded:
@@ -186,9 +188,9 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     await publisher.start()
     stack.push_async_callback(publisher.close)
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
-    replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, tokenizer, metrics)
+    replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, metrics)
     answerer = Answerer(
-        topics=topics, tokenizer=tokenizer, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
+        topics=topics, tokenizers=tokenizers, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
     )
     intake = Intake(
         connection,

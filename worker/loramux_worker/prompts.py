@@ -6,6 +6,7 @@ import asyncio
 import random
 
 from loramux_schemas import ErrorCode, Request
+from loramux_schemas.errors import printable
 from loramux_worker.engine.protocol import Ready, SamplingParameters
 from loramux_worker.errors import RequestFailed
 from loramux_worker.text.tokenizer import Tokenizer
@@ -14,27 +15,25 @@ _COLDEST = 1e-4  # below it float32 cannot tell the distribution from its maximu
 
 
 async def prompt_token_ids(request: Request, tokenizer: Tokenizer, limits: Ready) -> list[int]:
-    """The prompt, tokenised in a thread and cut as `truncate` asks.
+    """The prompt, tokenised in a thread of the tokenizer's and cut as `truncate` asks.
 
     Raises:
         RequestFailed: it has no tokens, tokens that are none of the vocabulary's, or too many of them.
     """
+    loop = asyncio.get_running_loop()
     if request.prompt_token_ids is not None:
         ids = list(request.prompt_token_ids)
     elif request.messages is not None:
         messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        ids = await asyncio.to_thread(tokenizer.encode_messages, messages)
+        ids = await loop.run_in_executor(tokenizer.threads, tokenizer.encode_messages, messages)
     else:
-        ids = await asyncio.to_thread(tokenizer.encode_prompt, request.prompt or "")
+        ids = await loop.run_in_executor(tokenizer.threads, tokenizer.encode_prompt, request.prompt or "")
     if (keep := request.parameters.truncate) is not None:
         ids = ids[-keep:]
     if not ids:
         raise RequestFailed(ErrorCode.INVALID_REQUEST, "prompt: has no tokens")
     if (largest := max(ids)) >= limits.vocab_size:
-        raise RequestFailed(
-            ErrorCode.INVALID_REQUEST,
-            f"prompt_token_ids: {largest} is outside the vocabulary of {limits.vocab_size}",
-        )
+        raise _outside(request, largest, tokenizer, limits.vocab_size)
     if len(ids) >= limits.max_model_len:
         raise RequestFailed(
             ErrorCode.CONTEXT_LENGTH_EXCEEDED,
@@ -61,4 +60,17 @@ def sampling_parameters(request: Request, eos_token_ids: tuple[int, ...]) -> Sam
         eos_token_ids=eos_token_ids,
         stop_token_ids=p.stop_token_ids,
         logprobs=p.logprobs,
+    )
+
+
+def _outside(request: Request, token_id: int, tokenizer: Tokenizer, vocab_size: int) -> RequestFailed:
+    """A token for which the model has no row: a wrong id, or one that only the adapter's tokenizer knows."""
+    if request.prompt_token_ids is not None:
+        return RequestFailed(
+            ErrorCode.INVALID_REQUEST, f"prompt_token_ids: {token_id} is outside the vocabulary of {vocab_size}"
+        )
+    code = ErrorCode.INVALID_REQUEST if request.adapter is None else ErrorCode.ADAPTER_INVALID
+    token = printable(tokenizer.token(token_id), limit=80)
+    return RequestFailed(
+        code, f"the prompt holds '{token}', token {token_id} of the tokenizer, and the model has only {vocab_size}"
     )

@@ -46,7 +46,7 @@ class Topics:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generation that ended well; the first `count` of its tokens belong to the answer."""
+    """A generation that ended well; the first `count` of its tokens belong to the answer, read by `tokenizer`."""
 
     generation: Generation
     count: int
@@ -54,15 +54,15 @@ class Answer:
     finish_reason: FinishReason
     num_prompt_tokens: int
     adapter: AdapterReference | None
+    tokenizer: Tokenizer
 
 
 class ReplyWriter:
     """Writes replies and dead letters, and counts them."""
 
-    def __init__(self, worker: str, topics: Topics, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(self, worker: str, topics: Topics, metrics: Metrics) -> None:
         self._worker = worker
         self._topics = topics
-        self._tokenizer = tokenizer
         self._metrics = metrics
 
     def answered(self, request: Request, route: ReplyRoute, answer: Answer, timing: Timing) -> OutgoingRecord:
@@ -79,7 +79,7 @@ class ReplyWriter:
             token_ids=tuple(generation.token_ids[: answer.count]),
             finish_reason=answer.finish_reason,
             usage=Usage(prompt_tokens=answer.num_prompt_tokens, completion_tokens=answer.count),
-            logprobs=None if request.parameters.logprobs is None else self._logprobs(generation, answer.count),
+            logprobs=None if request.parameters.logprobs is None else _logprobs(answer),
             timing=timing,
             worker=self._worker,
             metadata=request.metadata,
@@ -141,19 +141,20 @@ class ReplyWriter:
         )
         return self._record(ReplyRoute.unrouted(record.headers), reply)
 
-    def _logprobs(self, generation: Generation, count: int) -> tuple[TokenLogprob, ...]:
-        text = self._tokenizer.token_text
-        return tuple(
-            TokenLogprob(
-                id=token,
-                text=text(token),
-                logprob=logprobs.logprob,
-                top=tuple(TopLogprob(id=i, text=text(i), logprob=value) for i, value in logprobs.top),
-            )
-            for token, logprobs in zip(generation.token_ids[:count], generation.logprobs, strict=False)
-            if logprobs is not None
-        )
-
     def _record(self, route: ReplyRoute, reply: Reply) -> OutgoingRecord:
         key = None if reply.request_id is None else reply.request_id.encode()
         return OutgoingRecord(route.topic or self._topics.replies, key, reply.to_json(), route.echo, route.partition)
+
+
+def _logprobs(answer: Answer) -> tuple[TokenLogprob, ...]:
+    text, generation = answer.tokenizer.token_text, answer.generation
+    return tuple(
+        TokenLogprob(
+            id=token,
+            text=text(token),
+            logprob=logprobs.logprob,
+            top=tuple(TopLogprob(id=i, text=text(i), logprob=value) for i, value in logprobs.top),
+        )
+        for token, logprobs in zip(generation.token_ids[: answer.count], generation.logprobs, strict=False)
+        if logprobs is not None
+    )

@@ -4,7 +4,7 @@
 
 Credentials and endpoints come from each cloud's usual environment variables (`AWS_ACCESS_KEY_ID`,
 `AWS_ENDPOINT_URL`, …). S3 needs `s3:GetObject` and `s3:ListBucket`: without the second, S3 says "forbidden"
-for what is not there. Plain web servers need nothing but GET and HEAD.
+for what is not there. Plain web servers need nothing but GET and HEAD, and a 404 for what is not there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.revisions import FileDigest
+from loramux_worker.adapters.text_files import MAX_TEXT_BYTES
 from loramux_worker.errors import ConfigurationError, LoramuxError, RequestFailed
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ class AdapterStore:
         return self._template.replace(PLACEHOLDER, adapter_id)
 
     async def list(self, adapter_id: str) -> tuple[StoredFile, ...]:
-        """The files of an adapter, looked up by name: cheaper than a listing, and web servers have none.
+        """The files of an adapter: both that it must have, and those of its text that it brings.
+
+        They are looked up by name. Only what text there may be is taken from a listing, so that an adapter without
+        any costs one request more and not one for each name; a web server has no listing and is asked for each.
 
         Raises RequestFailed: `adapter_not_found` where nothing is, `adapter_invalid` where something else is,
         `adapter_unavailable` when the store does not answer or denies access.
@@ -106,11 +110,14 @@ class AdapterStore:
         files = tuple(file for file in found if file is not None)
         if len(files) < len(names):
             await self._refuse(adapter_id, {file.name for file in files})
-        if files[0].size > MAX_CONFIG_BYTES:
-            raise RequestFailed(
-                ErrorCode.ADAPTER_INVALID,
-                f"adapter '{adapter_id}': {CONFIG_FILE} has {files[0].size} bytes, over {MAX_CONFIG_BYTES}",
-            )
+        files += await self._text_files(adapter_id)
+        for file in files:
+            most = MAX_CONFIG_BYTES if file.name == CONFIG_FILE else MAX_TEXT_BYTES.get(file.name, file.size)
+            if file.size > most:
+                raise RequestFailed(
+                    ErrorCode.ADAPTER_INVALID,
+                    f"adapter '{adapter_id}': {file.name} has {file.size} bytes, over {most}",
+                )
         return files
 
     async def download(self, adapter_id: str, file: StoredFile, destination: Path) -> FileDigest:
@@ -153,6 +160,18 @@ class AdapterStore:
             if isinstance(error, FileNotFoundError) or _cannot_exist(error):
                 return None
             raise _unavailable(adapter_id, error) from error
+
+    async def _text_files(self, adapter_id: str) -> tuple[StoredFile, ...]:
+        names = set(MAX_TEXT_BYTES)
+        if not isinstance(self._store, obstore.store.HTTPStore):
+            place = self._key(adapter_id, "")
+            try:
+                listing = await obstore.list_with_delimiter_async(self._store, place)
+            except (BaseError, OSError) as error:
+                raise _unavailable(adapter_id, error) from error
+            names &= {entry["path"].removeprefix(place) for entry in listing["objects"]}
+        found = await asyncio.gather(*(self._head(adapter_id, name) for name in sorted(names)))
+        return tuple(file for file in found if file is not None)
 
     async def _refuse(self, adapter_id: str, found: set[str]) -> None:
         """Says what is wrong with a place that has not both files. Always raises RequestFailed."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loramux_worker.adapters.text_files import GENERATION_FILE
 from loramux_worker.errors import ConfigurationError
 
 
@@ -15,15 +17,32 @@ def eos_token_ids(model: str, tokenizer_eos_token_id: int | None) -> tuple[int, 
     `generation_config.json`, then `config.json`, then the tokenizer. Raises `ConfigurationError` for a file that
     cannot be read.
     """
-    generation = _read(model, "generation_config.json")
     config = _read(model, "config.json")
     text_config = config.get("text_config")
-    places = (generation, config, text_config if isinstance(text_config, dict) else {})
-    for name, place in zip(("generation_config.json", "config.json", "config.json"), places, strict=True):
-        value = place.get("eos_token_id")
-        if value is not None:
-            return _as_tuple(model, name, value)
+    places = (
+        (GENERATION_FILE, _read(model, GENERATION_FILE)),
+        ("config.json", config),
+        ("config.json", text_config if isinstance(text_config, dict) else {}),
+    )
+    for name, content in places:
+        try:
+            ids = named_eos_token_ids(content)
+        except ValueError as error:
+            raise ConfigurationError(f"--model: {name} of {model}: {error}") from None
+        if ids is not None:
+            return ids
     return () if tokenizer_eos_token_id is None else (tokenizer_eos_token_id,)
+
+
+def named_eos_token_ids(content: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The end-of-sequence tokens that a config names, None if it names none. Raises `ValueError` if they are no ids."""
+    value = content.get("eos_token_id")
+    if value is None:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id is not a token id: {ascii(value)[:80]}")
+    return tuple(dict.fromkeys(ids))
 
 
 def _read(model: str, name: str) -> dict[str, Any]:
@@ -45,10 +64,3 @@ def _read(model: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"--model: {name} of {model} is not a JSON object")
     return content
-
-
-def _as_tuple(model: str, name: str, value: object) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigurationError(f"--model: eos_token_id in {name} of {model} is not a token id: {value!r}")
-    return tuple(dict.fromkeys(ids))

@@ -21,7 +21,7 @@ from loramux_worker.errors import RequestFailed
 
 if TYPE_CHECKING:
     from loramux_worker.adapters.peft_format import AdapterLimits
-    from loramux_worker.cli.adapters.report import Report
+    from loramux_worker.cli.adapters.report import BroughtText, Report
     from loramux_worker.cli.adapters.sources import LocalAdapter
     from loramux_worker.model.skeleton import ModelSkeleton
 
@@ -52,9 +52,10 @@ def check(
 ) -> None:
     """Check adapters against a base model: all that a worker checks, without a GPU and without the model's weights.
 
-    Shows what each adapter touches and what it takes in the gpu pool,
-    or why a worker would refuse it. Of the model only the config is read,
-    and the embedding when an adapter brings a copy of it.
+    Shows what each adapter touches and what it takes in the gpu pool, and
+    what it brings of text; or why a worker would refuse it. Of the model
+    only the config is read, the embedding when an adapter brings a copy of
+    it, and the tokenizer when an adapter brings its own text.
 
     Exit code: 0 when a worker would serve all, 1 when it would refuse one,
     2 for a wrong option.
@@ -131,7 +132,20 @@ def _examine(local: LocalAdapter, skeleton: ModelSkeleton, limits: AdapterLimits
                 )
             )
     num_bytes = layout.num_elements * limits.dtype.itemsize
-    return Report(local.name, local.revision, tuple(modules), layout.rank, num_bytes)
+    return Report(local.name, local.revision, tuple(modules), layout.rank, num_bytes, _text(local, skeleton))
+
+
+def _text(local: LocalAdapter, skeleton: ModelSkeleton) -> BroughtText | None:
+    """What it brings beside its weights, None if nothing. Raises RequestFailed, and ConfigurationError."""
+    from loramux_worker.cli.adapters.report import BroughtText
+    from loramux_worker.text.adapter_text import AdapterText
+    from loramux_worker.text.tokenizer import Tokenizer
+
+    text, model = AdapterText(local.folder), str(skeleton.folder)
+    if not text.files:
+        return None
+    base = Tokenizer.load(model)
+    return BroughtText.of(tuple(sorted(text.files)), text.tokenizer(base, model), base)
 
 
 def _refusal(adapter: str, failure: RequestFailed) -> Report:
@@ -161,5 +175,7 @@ def _print(reports: list[Report], skeleton: ModelSkeleton, as_json: bool) -> Non
         if report.is_served:
             typer.echo(report.name if report.revision is None else f"{report.name}  {report.revision}")
             console.print(report.as_table(dtype))
+            if report.text is not None:
+                console.print(report.text.as_lines(), markup=False, highlight=False, soft_wrap=True)
         else:
             typer.echo(f"refused: {report.name}: {report.reason} ({report.code})")

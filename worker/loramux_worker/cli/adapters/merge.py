@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loramux_worker.adapters.peft_format import AdapterWeights
     from loramux_worker.cli.adapters.sources import LocalAdapter
     from loramux_worker.model.skeleton import ModelSkeleton
+    from loramux_worker.text.merged_text import MergedText
 
 _NO_RANK_LIMIT = 1 << 31
 
@@ -55,9 +56,11 @@ def merge(
 
     The copy has the base model's files, in Hugging Face format: weights,
     config, tokenizer. Each weight that the adapter touches becomes
-    W + scaling x B x A, computed in float32. Memory holds the adapter and a
-    few rows of the model at a time. The folder appears when it is complete,
-    not before; Ctrl-C leaves nothing behind.
+    W + scaling x B x A, computed in float32. The adapter's own tokenizer,
+    chat template and generation config take the place of the model's.
+    Memory holds the adapter and a few rows of the model at a time. The
+    folder appears when it is complete, not before; Ctrl-C leaves nothing
+    behind.
 
     Example: loramux adapters merge ./pirate --model /models/Llama-3.1-8B
     --out /models/pirate-8B
@@ -82,6 +85,7 @@ def merge(
         with byte_progress(adapter) as progress:
             with local_adapter(adapter, settings.adapter_uri, timeout, progress) as local:
                 weights = _read(local, skeleton, settings.model_name)
+                text = _read_text(local, skeleton)
                 revision = local.revision
             work = Merge(skeleton, weights, kind)
             _check_room(out, work.num_bytes)
@@ -89,6 +93,8 @@ def merge(
             progress.describe(f"writing {out}")
             with _new_folder(out, overwrite) as folder:
                 work.write(folder, progress.advance)
+                if text is not None:
+                    text.write(folder)
     except RequestFailed as failure:
         raise ConfigurationError(f"{adapter}: {reason_of(failure)}") from failure
     except OSError as error:
@@ -105,6 +111,15 @@ def _read(local: LocalAdapter, skeleton: ModelSkeleton, model_name: str | None) 
 
     limits = AdapterLimits(_NO_RANK_LIMIT, torch.float32, model_name or skeleton.name, skeleton.base_weights)
     return read_adapter(local.folder, skeleton.targets, limits)
+
+
+def _read_text(local: LocalAdapter, skeleton: ModelSkeleton) -> MergedText | None:
+    """The adapter's own text, None if it brings none. Raises RequestFailed."""
+    from loramux_worker.text.adapter_text import AdapterText
+    from loramux_worker.text.merged_text import MergedText
+
+    text = AdapterText(local.folder)
+    return MergedText(text, str(skeleton.folder)) if text.files else None
 
 
 def _check_out(out: Path, model: Path, overwrite: bool) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loramux_schemas.errors import printable
 from loramux_worker.cli.adapters.terminal import size_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from loramux_worker.text.tokenizer import Tokenizer
 
 _MAX_VALUES = 4
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -39,14 +42,54 @@ class TouchedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class BroughtText:
+    """What an adapter brings of text, and whose is what its requests get; `ends` are (token id, token)."""
+
+    files: tuple[str, ...]
+    tokenizer: str
+    chat_template: str
+    ends: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, files: tuple[str, ...], own: Tokenizer, base: Tokenizer) -> BroughtText:
+        """What the tokenizer of an adapter with these files took over from that of the model."""
+        tokenizer = "as the model's"
+        if own.pipeline is not base.pipeline:
+            more = len(own.pipeline.vocabulary().keys() - base.pipeline.vocabulary().keys())
+            tokenizer = f"its own, {more} tokens more" if more else "its own, the same tokens"
+        template = "none" if own.chat_template.text is None else "the model's"
+        if own.chat_template.owner == "adapter":
+            template = "its own"
+        return cls(files, tokenizer, template, tuple((i, own.token(i)) for i in own.eos_token_ids))
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "files": self.files,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+            "eos_token_ids": [token_id for token_id, _ in self.ends],
+        }
+
+    def as_lines(self) -> str:
+        """For people."""
+        ends = ", ".join(f"{printable(token, limit=40)} ({token_id})" for token_id, token in self.ends) or "nothing"
+        return (
+            f"text: {', '.join(self.files)}\n"
+            f"  tokenizer: {self.tokenizer}; chat template: {self.chat_template}; ends with: {ends}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """One adapter: what it touches, or the code and reason of its refusal."""
+    """One adapter: what it touches and brings, or the code and reason of its refusal."""
 
     name: str
     revision: str | None = None
     modules: tuple[TouchedModule, ...] = ()
     rank: int = 0
     num_bytes: int = 0
+    text: BroughtText | None = None
     code: str | None = None
     reason: str | None = None
 
@@ -85,6 +128,7 @@ class Report:
             "rank": self.rank,
             "bytes": self.num_bytes,
             "modules": modules,
+            "text": None if self.text is None else self.text.as_json(),
         }
 
     def as_table(self, dtype: str) -> RenderableType:
