@@ -31,7 +31,7 @@ from gpu_rig import (
 )
 from machine import describe_machine
 from peft_on_gpu import peft_figures
-from step_profile import profile_step
+from step_profile import profile_steps
 
 from loramux_worker.engine.protocol import AdapterReference
 
@@ -88,7 +88,7 @@ def main() -> None:
                 figures["pool"] = pool_memory(model, 1000, 8, ("q_proj", "v_proj"))
                 print("pool", figures["pool"], flush=True)
             elif part == "profile":
-                figures["profile"] = _profile(rig, arguments.batches, mixes)
+                figures["profile"] = profile_steps(rig, arguments.batches, mixes)
             elif part == "peft":
                 figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
             else:
@@ -162,15 +162,6 @@ def _alone(rig: Rig, mixes: dict[str, Any]) -> list[dict[str, Any]]:
             times.append(sum(rig.drain()))
         rows.append({"mix": mix, "ms": round(statistics.median(times[4:]) * 1e3, 2)})
         print("alone", rows[-1], flush=True)
-    return rows
-
-
-def _profile(rig: Rig, batches: list[int], mixes: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for batch in batches:
-        for mix, adapters in mixes.items():
-            rows.append({"mix": mix, **profile_step(rig, batch, adapters)})
-            print("profile", rows[-1], flush=True)
     return rows
 
 

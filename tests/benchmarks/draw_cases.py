@@ -10,7 +10,7 @@ from kernel_cases import Case, Shape, copies
 from torch import Tensor
 
 from loramux_kernels import draw_tokens
-from loramux_kernels.draw import draw, filter_sorted, token_weights
+from loramux_kernels.draw import draw_sorted
 
 # name, standard deviation of the logits, top-k, top-p. The first leaves some hundred tokens, flat logits half of all.
 _FILTERS = (
@@ -38,15 +38,7 @@ def _draw_case(shape: Shape, name: str, rows: int, std: float, top_k: int, top_p
     logits = [shape.random(rows, shape.vocabulary, std=std).float() for _ in range(copies(num_bytes, least=2))]
 
     def error() -> float:
-        return float((draw_tokens(logits[0], *columns) != _by_sorting(logits[0], *columns)).double().mean())
+        return float((draw_tokens(logits[0], *columns) != draw_sorted(logits[0], *columns)).double().mean())
 
-    library: list[Callable[[], object]] = [partial(_by_sorting, x, *columns) for x in logits]
+    library: list[Callable[[], object]] = [partial(draw_sorted, x, *columns) for x in logits]
     return Case(name, [partial(draw_tokens, x, *columns) for x in logits], num_bytes, error, library=library)
-
-
-def _by_sorting(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
-    """The reference, without its question whether there is anything to sort for, for which it would wait."""
-    weights = token_weights(logits, temperature[:, None])
-    return draw(filter_sorted(logits, weights, top_k[:, None], top_p[:, None], min_p[:, None]), uniform)

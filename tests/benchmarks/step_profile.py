@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from gpu_rig import Rig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -12,25 +14,36 @@ from torch.profiler import ProfilerActivity, profile
 _STEPS, _SHOWN = 8, 12
 
 
-def profile_step(rig: Rig, batch: int, adapters: Any) -> dict[str, Any]:
+def profile_steps(rig: Rig, batches: Sequence[int], mixes: dict[str, Any]) -> list[dict[str, Any]]:
     """Microseconds a step: of the whole, and of the kernels that take most.
 
     Kernels overlap (programmatic dependent launch), and one that waits for the kernel in front of it counts its wait:
-    so they add up to more than the whole.
+    so they may add up to more than the whole.
     """
-    rig.submit(batch, 64, 64, adapters)
-    rig.drain(most_steps=16 + batch * 64 // 4096)
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        rig.drain(most_steps=_STEPS)
-    rig.drain()
-    kernels = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    cases = [(batch, mix) for batch in batches for mix in mixes]
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:  # a second one in a process sees no graphs
+        for batch, mix in cases:
+            rig.submit(batch, 64, 64, mixes[mix])
+            rig.drain(most_steps=16 + batch * 64 // 4096)
+            torch.cuda._sleep(1000)
+            rig.drain(most_steps=_STEPS)
+            torch.cuda._sleep(1000)
+            rig.drain()
+        torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    marks = [i for i, event in enumerate(events) if "spin_kernel" in event.name]
+    pieces = [events[first + 1 : last] for first, last in zip(marks[::2], marks[1::2], strict=True)]
+    return [{"batch": batch, "mix": mix, **_figures(piece)} for (batch, mix), piece in zip(cases, pieces, strict=True)]
+
+
+def _figures(kernels: Sequence[Any]) -> dict[str, Any]:
     spent: Counter[str] = Counter()
     for event in kernels:
         spent[_short(event.name)] += event.time_range.elapsed_us()
-    first, last = (pick(e.time_range.start for e in kernels) for pick in (min, max))
+    took = kernels[-1].time_range.end - kernels[0].time_range.start
     return {
-        "batch": batch,
-        "step_us": round((last - first) / _STEPS),
+        "step_us": round(took / _STEPS),
         "launches": round(len(kernels) / _STEPS),
         "by_kernel_us": {name: round(time / _STEPS) for name, time in spent.most_common(_SHOWN)},
     }
