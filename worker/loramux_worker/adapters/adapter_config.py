@@ -18,8 +18,6 @@ _OUTPUT_HEADS = ("lm_head", "embed_out")  # PEFT's all-linear leaves the output 
 
 # Fields that change what the adapter computes, in a way that is not served (yet).
 _REFUSED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "whole modules saved with the adapter",
     "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias on lora_B",
     "fan_in_fan_out": "weights stored as (fan_in, fan_out)",
@@ -70,13 +68,16 @@ _READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     }
 )
+_BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,19 @@ class AdapterConfig:
     layers_to_transform: frozenset[int]  # empty: every layer
     layers_pattern: tuple[str, ...]
     base_model_name: str | None
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+
+    def saves(self, parameter: str) -> bool:
+        """Whether a parameter is of a module that PEFT trains as a whole, or of a part of one."""
+        parts = parameter.split(".")[:-1]
+        modules = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return any(name.endswith(self.modules_to_save) for name in modules) if self.modules_to_save else False
+
+    def trains_bias(self, parameter: str, *, is_target: bool) -> bool:
+        """Whether a parameter is a bias that PEFT trains; `is_target`: of a module that has LoRA."""
+        return parameter.endswith("bias") and (self.bias == "all" or (self.bias == "lora_only" and is_target))
 
     def rank_of(self, name: str, matcher: PatternMatcher) -> int:
         """The rank that the config promises for a module."""
@@ -147,6 +161,9 @@ def read_config(folder: Path) -> AdapterConfig:
         layers_to_transform=_layers(fields),
         layers_pattern=_strings(fields, "layers_pattern"),
         base_model_name=_optional_string(fields, "base_model_name_or_path"),
+        use_dora=_flag(fields, "use_dora"),
+        modules_to_save=_strings(fields, "modules_to_save"),
+        bias=_bias(fields),
     )
     if not config.target_modules:
         raise AdapterInvalid(f"{CONFIG_FILE}: target_modules is missing or empty")
@@ -163,8 +180,6 @@ def _refuse_what_is_not_served(fields: dict[str, Any]) -> None:
     for name, what in _REFUSED.items():
         if fields.get(name):
             raise AdapterInvalid(f"{CONFIG_FILE}: {name} is set: {what} is not served")
-    if fields.get("bias") not in ("none", None):
-        raise AdapterInvalid(f"{CONFIG_FILE}: bias is {quoted(fields['bias'])}: trained biases are not served")
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise AdapterInvalid(
@@ -210,6 +225,13 @@ def _optional_string(fields: dict[str, Any], name: str) -> str | None:
     if value is not None and type(value) is not str:
         raise _wrong(name, value, "a string")
     return value
+
+
+def _bias(fields: dict[str, Any]) -> str:
+    value = fields.get("bias")
+    if value is not None and value not in _BIASES:
+        raise _wrong("bias", value, f"one of {', '.join(_BIASES)}")
+    return value or "none"
 
 
 def _mapping(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -63,6 +63,12 @@ class BaseWeights:
             return self._digests[name]
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a served model's parameters, by the names that they have in Hugging Face's."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace(".base.", "."): tuple(parameter.shape) for name, parameter in named}
+
+
 def _pieces(parameter: Tensor) -> Iterator[Tensor]:
     flat = parameter.detach().reshape(-1)
     return (flat[i : i + PIECE_ELEMENTS].cpu() for i in range(0, flat.numel(), PIECE_ELEMENTS))

@@ -25,6 +25,7 @@ from loramux_worker.adapters.eviction import S3Fifo
 from loramux_worker.adapters.extents import ExtentAllocator, Move
 from loramux_worker.adapters.host import AdapterKey, HostAdapter
 from loramux_worker.adapters.layout import AdapterLayout
+from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.adapters.slot_tables import PlacedModules, SlotTables
 
 _STAGING_ELEMENTS = 1 << 22
@@ -50,6 +51,7 @@ class _Resident:
     pins: int = 0
     idle: _Moment | None = None  # since when nothing that is enqueued reads it
     tiles: list[Tile | None] | None = None  # made when asked for, void after a move
+    own: OwnWeights | None = None  # likewise
 
 
 class AdapterPool:
@@ -121,6 +123,15 @@ class AdapterPool:
             for module in layout.modules:
                 resident.tiles[module.target] = (module.a(run), module.b(run))
         return resident.tiles
+
+    def own(self, slot: int) -> OwnWeights | None:
+        """What the slot's adapter has beside LoRA, None if nothing; valid until the next `load`."""
+        resident = self._by_slot[slot]
+        assert resident is not None, f"slot {slot} is free"
+        if resident.own is None and resident.layout.own:
+            run = self.elements[resident.offset :][: resident.layout.num_elements]
+            resident.own = OwnWeights(resident.layout.own, run)
+        return resident.own
 
     def find(self, key: AdapterKey) -> int | None:
         """`slot_of` for use: a resident adapter counts as a hit and as used."""
@@ -231,7 +242,7 @@ class AdapterPool:
             self.elements[to + at :][:count].copy_(piece)
         self._extents.apply(move)
         self._vacated = self._now()
-        resident.offset, resident.tiles = to, None
+        resident.offset, resident.tiles, resident.own = to, None, None
         self.tables.place(resident.slot, resident.placed, to)
         self.moves_total += 1
 

@@ -1,6 +1,6 @@
 """How an adapter lies in memory: one run of elements at its true rank, on the host and in the gpu pool alike.
 
-    A of every module, in target order, then Bᵀ of every module, in target order
+    A of every module, in target order, then Bᵀ of every module, in target order, then what is neither
 
 A tile of A is [rank, in_features], one of Bᵀ [rank, out_features], both contiguous. Modules that share an input (q, k
 and v; gate and up) follow one another in target order, so their A tiles are adjacent rows of one matrix. Each tile
@@ -9,8 +9,9 @@ starts at a multiple of `ALIGNMENT` elements, which is 16 bytes in a 16-bit dtyp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -39,12 +40,31 @@ class ModuleLayout:
         return run[self.b_offset :][: self.rank * self.out_features].view(self.rank, self.out_features)
 
 
+MAGNITUDE = "lora_magnitude_vector"
+"""The name that DoRA's magnitudes of a module go by."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTensor:
+    """A tensor that stands in place of a parameter of the model's, or the magnitudes of a module."""
+
+    module: str  # as in `named_modules()`
+    parameter: str  # of the module, or `MAGNITUDE`
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    def view(self, run: Tensor) -> Tensor:
+        """The tensor in the run that this layout describes: a view."""
+        return run[self.offset :][: math.prod(self.shape)].view(self.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """The modules of an adapter in target order, and the length of its run: a multiple of `ALIGNMENT`."""
 
     modules: tuple[ModuleLayout, ...]
     num_elements: int
+    own: tuple[OwnTensor, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -52,13 +72,17 @@ class AdapterLayout:
         return max((module.rank for module in self.modules), default=0)
 
     @classmethod
-    def plan(cls, ranks: Iterable[tuple[int, int]], targets: Sequence[TargetModule]) -> AdapterLayout:
-        """Lay out an adapter given as (target index, rank), in target order."""
+    def plan(
+        cls, ranks: Iterable[tuple[int, int]], targets: Sequence[TargetModule], own: Sequence[OwnTensor] = ()
+    ) -> AdapterLayout:
+        """Lay out an adapter given as (target index, rank), in target order, and tensors whose place is not known."""
         shapes = [(target, rank, targets[target].in_features, targets[target].out_features) for target, rank in ranks]
         a_offsets, end = _place((rank * width for _, rank, width, _ in shapes), 0)
         b_offsets, end = _place((rank * width for _, rank, _, width in shapes), end)
+        own_offsets, end = _place((math.prod(tensor.shape) for tensor in own), end)
         modules = (ModuleLayout(*shape, a, b) for shape, a, b in zip(shapes, a_offsets, b_offsets, strict=True))
-        return cls(tuple(modules), end)
+        placed = (replace(tensor, offset=at) for tensor, at in zip(own, own_offsets, strict=True))
+        return cls(tuple(modules), end, tuple(placed))
 
 
 def _place(sizes: Iterable[int], start: int) -> tuple[list[int], int]:

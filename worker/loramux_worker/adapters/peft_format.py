@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,30 +18,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from loramux_worker.adapters.adapter_config import AdapterConfig, read_config
+from loramux_worker.adapters.adapter_config import read_config
 from loramux_worker.adapters.base_model_name import is_other_model
 from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
-from loramux_worker.adapters.layout import AdapterLayout
-from loramux_worker.adapters.name_patterns import PatternMatcher
-from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile, consecutive
-from loramux_worker.adapters.targets import TargetKind, TargetModule
+from loramux_worker.adapters.layout import AdapterLayout, OwnTensor
+from loramux_worker.adapters.peft_keys import match_to_config, sort_keys
+from loramux_worker.adapters.safetensors_file import TensorFile, consecutive
+from loramux_worker.adapters.targets import TargetModule
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PIECE_BYTES = 4 << 20  # what a core's cache holds
 _PICKLED_WEIGHTS = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_ENDINGS = {
-    ".lora_A.weight": (TargetKind.LINEAR, "A"),
-    ".lora_A.default.weight": (TargetKind.LINEAR, "A"),
-    ".lora_B.weight": (TargetKind.LINEAR, "B"),
-    ".lora_B.default.weight": (TargetKind.LINEAR, "B"),
-    ".lora_embedding_A": (TargetKind.EMBEDDING, "A"),
-    ".lora_embedding_A.default": (TargetKind.EMBEDDING, "A"),
-    ".lora_embedding_B": (TargetKind.EMBEDDING, "B"),
-    ".lora_embedding_B.default": (TargetKind.EMBEDDING, "B"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +39,15 @@ class AdapterLimits:
 
     `max_rank` of any one module; weights are cast to `dtype`. `base_model_name` is the served model's hub id, None
     to check no name (see `base_model_name.py` for what counts as another model). `base_weights` recognises copies of
-    the base model's embedding and head; without it an adapter that brings such copies is refused.
+    the base model's embedding and head; without it an adapter that brings such copies is refused. `parameters` are
+    the shapes of all of the model's, by name: an adapter may bring its own in their place.
     """
 
     max_rank: int
     dtype: torch.dtype
     base_model_name: str | None = None
     base_weights: BaseWeights | None = None
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,16 +69,7 @@ class AdapterWeights:
 
     rank: int
     modules: tuple[ModuleWeights, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where one module's weights are in the file, and what B is multiplied with."""
-
-    target: int
-    a: TensorEntry
-    b: TensorEntry
-    scaling: float
+    own: tuple[tuple[OwnTensor, Tensor], ...] = ()
 
 
 class AdapterFiles:
@@ -112,12 +94,14 @@ class AdapterFiles:
             raise AdapterInvalid(f"{_PICKLED_WEIGHTS} is a pickle: save the adapter as safetensors")
         self._file = TensorFile(folder, WEIGHTS_FILE)
         try:
-            found, self._copies = _sort_keys(self._file.entries, targets, limits.base_weights)
-            self._sources = _match_to_config(found, config, targets, limits.max_rank)
+            found = sort_keys(self._file.entries, targets, config, limits.base_weights, limits.parameters)
+            self._sources, self._own = match_to_config(found, config, targets, limits.max_rank, limits.parameters)
+            self._copies = found.copies
         except BaseException:
             self._file.close()
             raise
-        self.layout = AdapterLayout.plan([(s.target, s.a.shape[0]) for s in self._sources], targets)
+        own = [tensor for tensor, _ in self._own]
+        self.layout = AdapterLayout.plan([(s.target, s.a.shape[0]) for s in self._sources], targets, own)
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +127,9 @@ class AdapterFiles:
         for source, place in zip(self._sources, self.layout.modules, strict=True):
             places[source.a.name] = place.a(run), None
             places[source.b.name] = place.b(run), source.scaling
-        entries = sorted((e for s in self._sources for e in (s.a, s.b)), key=lambda entry: entry.offset)
+        for (_, entry), tensor in zip(self._own, self.layout.own, strict=True):
+            places[entry.name] = tensor.view(run), None
+        entries = sorted((self._file.entries[name] for name in places), key=lambda entry: entry.offset)
         pieces = list(consecutive(entries, _PIECE_BYTES))
         scratch = allocate(max(end - start for start, end, _ in pieces), torch.uint8, pin=False)
         for start, end, piece in pieces:
@@ -154,12 +140,14 @@ class AdapterFiles:
 
     def _name_what_is_not_finite(self, run: Tensor) -> None:
         dtype = str(run.dtype).removeprefix("torch.")
+        values = [(entry, tensor.view(run)) for (_, entry), tensor in zip(self._own, self.layout.own, strict=True)]
         for source, place in zip(self._sources, self.layout.modules, strict=True):
-            for entry, values in ((source.a, place.a(run)), (source.b, place.b(run))):
-                if not _is_finite(values):
-                    raise AdapterInvalid(
-                        f"{quoted(entry.name)} has NaN or infinite values, or some that are too large for {dtype}"
-                    )
+            values += [(source.a, place.a(run)), (source.b, place.b(run))]
+        for entry, placed in values:
+            if not _is_finite(placed):
+                raise AdapterInvalid(
+                    f"{quoted(entry.name)} has NaN or infinite values, or some that are too large for {dtype}"
+                )
 
     def _check_copies(self) -> None:
         for name, entry in self._copies.items():
@@ -178,92 +166,12 @@ def read_adapter(folder: Path, targets: Sequence[TargetModule], limits: AdapterL
         files.read_into(run)
         places = files.layout.modules
         modules = (ModuleWeights(place.target, place.rank, place.a(run), place.b(run)) for place in places)
-        return AdapterWeights(files.layout.rank, tuple(modules))
-
-
-Found = dict[int, dict[str, TensorEntry]]
-"""By target index: the entries of "A" and "B"."""
-
-
-def _sort_keys(
-    entries: dict[str, TensorEntry], targets: Sequence[TargetModule], base_weights: BaseWeights | None
-) -> tuple[Found, dict[str, TensorEntry]]:
-    """Divide the file's tensors into LoRA weights and copies of base weights, by parameter name."""
-    index = {target.name: i for i, target in enumerate(targets)}
-    found: Found = {}
-    copies: dict[str, TensorEntry] = {}
-    for key, entry in entries.items():
-        name = key.removeprefix(_PREFIX)
-        ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
-        if ending is None:
-            parameter = _copied_parameter(name, entry, base_weights)
-            if parameter in copies:
-                raise AdapterInvalid(f"{quoted(parameter)} is there twice")
-            copies[parameter] = entry
-            continue
-        module = name.removesuffix(ending)
-        kind, part = _ENDINGS[ending]
-        if module not in index:
-            raise AdapterInvalid(f"{quoted(key)} is for {quoted(module)}, which this model does not have or adapt")
-        target = index[module]
-        if targets[target].kind is not kind:
-            raise AdapterInvalid(f"{quoted(key)} does not fit {quoted(module)}, of kind {targets[target].kind}")
-        parts = found.setdefault(target, {})
-        if part in parts:
-            raise AdapterInvalid(f"lora_{part} of {quoted(module)} is there twice")
-        parts[part] = entry
-    return found, copies
-
-
-def _copied_parameter(name: str, entry: TensorEntry, base_weights: BaseWeights | None) -> str:
-    """The base parameter that a key without LoRA's endings is a copy of: save_pretrained's `save_embedding_layers`."""
-    parameter = name.replace(".base_layer.", ".")
-    shape = None if base_weights is None else base_weights.shape(parameter)
-    if shape is None:
-        raise AdapterInvalid(f"{quoted(entry.name)} is left over: not a LoRA weight of any module")
-    if entry.shape != shape:
-        raise AdapterInvalid(
-            f"{quoted(entry.name)} has shape {list(entry.shape)}, the served model's {list(shape)}: a resized "
-            "vocabulary is not served"
-        )
-    return parameter
-
-
-def _match_to_config(
-    found: Found, config: AdapterConfig, targets: Sequence[TargetModule], max_rank: int
-) -> list[_Source]:
-    """Check every module's weights against config and model; the sources in target order."""
-    matcher = PatternMatcher()
-    sources = []
-    for i, target in enumerate(targets):
-        is_target = config.is_target(target, matcher)
-        parts = found.get(i)
-        if parts is None:
-            if is_target:
-                raise AdapterInvalid(f"{quoted(target.name)} is a target module of the config and has no weights")
-            continue
-        if not is_target:
-            raise AdapterInvalid(f"the weights of {quoted(target.name)} are left over: the config does not target it")
-        if len(parts) != 2:
-            raise AdapterInvalid(f"lora_{'B' if 'A' in parts else 'A'} of {quoted(target.name)} is missing")
-        rank = config.rank_of(target.name, matcher)
-        if rank > max_rank:
-            raise AdapterInvalid(f"rank {quoted(rank)} of {quoted(target.name)} is above the limit of {max_rank}")
-        for part, shape in (("A", (rank, target.in_features)), ("B", (target.out_features, rank))):
-            if parts[part].shape != shape:
-                raise AdapterInvalid(
-                    f"{quoted(parts[part].name)} has shape {quoted(list(parts[part].shape))}, config and model say "
-                    f"{list(shape)}"
-                )
-        scaling = config.scaling_of(target.name, rank, matcher)
-        sources.append(_Source(i, parts["A"], parts["B"], scaling))
-    if not sources:
-        raise AdapterInvalid("its target_modules are none of this model's")
-    return sources
+        own = tuple((tensor, tensor.view(run)) for tensor in files.layout.own)
+        return AdapterWeights(files.layout.rank, tuple(modules), own)
 
 
 def _place_tensors(tensors: Sequence[tuple[Tensor, Tensor, float | None]]) -> None:
-    """Copy each A, of scaling None, to its place, and each B, scaled and transposed; what is copied is overwritten."""
+    """Copy what has no scaling to its place, and each B scaled and transposed; what is copied is overwritten."""
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     scaled: list[Tensor] = []

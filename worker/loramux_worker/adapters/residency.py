@@ -8,6 +8,7 @@ from loramux_schemas import ErrorCode
 from loramux_worker.adapters.gpu_pool import AdapterPool, Tile
 from loramux_worker.adapters.host import AdapterKey, HostTier, LoadResult
 from loramux_worker.adapters.invalid import AdapterInvalid
+from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
 
@@ -87,6 +88,10 @@ class AdapterResidency:
     def tiles(self, slot: int) -> list[Tile | None]:
         """By target index, A [rank, in] and scaled Bᵀ [rank, out] of the slot's adapter; valid for one step."""
         return self.pool.tiles(slot)
+
+    def own(self, slot: int) -> OwnWeights | None:
+        """What the slot's adapter has beside LoRA, None if nothing; valid for one step."""
+        return self.pool.own(slot)
 
     def poll(self) -> list[LoadResult]:
         """The loads that ended since the last call, each once."""

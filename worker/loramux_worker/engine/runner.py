@@ -21,7 +21,7 @@ from loramux_worker.engine.pending_sample import PendingSample
 from loramux_worker.engine.sampler import Sampler
 from loramux_worker.engine.sequence import Sequence
 from loramux_worker.engine.step_plan import SlotRun, StepPlan, cut, fill
-from loramux_worker.model.context import StepBatch
+from loramux_worker.model.context import OwnRun, StepBatch
 from loramux_worker.model.loader import ServedModel
 from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
 from loramux_worker.scheduler.scheduler import Chunk, SchedulerConfig, Step
@@ -37,6 +37,7 @@ class _Form(NamedTuple):
     segments: list[Segment]  # empty where LoRA goes row by row
     graph: GraphKey | None  # None: kernel by kernel
     edges: bool  # an adapter touches the embedding or the head
+    own: bool  # an adapter has more than LoRA
 
 
 class Runner:
@@ -142,13 +143,14 @@ class Runner:
     def _form(self, plan: StepPlan) -> _Form:
         """The shape of a step: a graph's where one has room, else its own."""
         most_query = max(plan.lengths)
-        edges = plan.has_adapters and self._touches_edges(plan)
+        own = any(self._adapters.own(slot) is not None for slot in set(plan.slots) - {NO_ADAPTER})
+        edges = plan.has_adapters and (own or self._touches_edges(plan))
         divided = plan.has_adapters and bool((self._ranks[plan.slots][np.array(plan.slots) >= 0] > LARGE_RANK).any())
         pieces = cut(plan.runs(), ROWS_IN_SEGMENT) if plan.has_adapters else []
         if self.graphs is not None and not edges:
             key = self.graphs.find(plan.num_tokens, len(plan.chunks), len(pieces), most_query, divided=divided)
             if key is not None:
-                return _Form(key.shape, self._divide(pieces, key.shape), key, edges)
+                return _Form(key.shape, self._divide(pieces, key.shape), key, edges, own)
         shape = StepShape(plan.num_tokens, len(plan.chunks), divided=divided, most_query_tokens=most_query)
         if plan.has_adapters and prefers_segments(plan.num_tokens, len(pieces)):
             rows = ROWS_IN_SEGMENT
@@ -156,7 +158,7 @@ class Runner:
                 rows, pieces = _LONG_SEGMENT, long
             room = len(pieces) + SPARE_SEGMENTS if divided else len(pieces)
             shape = replace(shape, segments=room, rows_in_segment=rows)
-        return _Form(shape, self._divide(pieces, shape), None, edges)
+        return _Form(shape, self._divide(pieces, shape), None, edges, own)
 
     def _divide(self, segments: list[Segment], shape: StepShape) -> list[Segment]:
         return divide(segments, self._ranks, shape.segments) if shape.divided and shape.segments else segments
@@ -173,15 +175,20 @@ class Runner:
         batch = self._static_batch(inputs, lora=False, rows=rows)
         if not plan.has_adapters:
             return batch
-        if self._model.runs_kernels:
+        if self._model.runs_kernels and not form.own:
             batch = replace(batch, lora=PooledLora(self._weights, inputs.lora_rows()))
             if not form.edges:
                 return batch
-        runs = self._adapter_runs(plan.runs())
-        head_runs = runs if rows is None else self._adapter_runs(plan.sampled_runs())
-        embedding = RunsLora(runs).tiles(self._model.embedding_target) if form.edges else ()
-        head = RunsLora(head_runs) if form.edges else None
-        return replace(batch, lora=batch.lora or RunsLora(runs), lora_head=head, lora_embedding=embedding)
+        all_rows, asked = plan.runs(), plan.runs() if rows is None else plan.sampled_runs()
+        lora = RunsLora(self._adapter_runs(all_rows))
+        return replace(
+            batch,
+            lora=batch.lora or lora,
+            lora_head=RunsLora(self._adapter_runs(asked)) if form.edges else None,
+            lora_embedding=lora.tiles(self._model.embedding_target) if form.edges else (),
+            own=self._own_runs(all_rows) if form.own else (),
+            own_head=self._own_runs(asked) if form.own else (),
+        )
 
     def _static_batch(self, inputs: StepInputs, *, lora: bool, rows: Tensor | None) -> StepBatch:
         return StepBatch(
@@ -196,6 +203,13 @@ class Runner:
         return [
             AdapterRun(run.start, run.end, self._adapters.tiles(run.slot)) for run in runs if run.slot != NO_ADAPTER
         ]
+
+    def _own_runs(self, runs: list[SlotRun]) -> tuple[OwnRun, ...]:
+        return tuple(
+            OwnRun(run.start, run.end, own, self._adapters.tiles(run.slot))
+            for run in runs
+            if run.slot != NO_ADAPTER and (own := self._adapters.own(run.slot)) is not None
+        )
 
     def _prepare_capture(self, key: GraphKey) -> None:
         """Inputs that harm nobody: every row is padding."""

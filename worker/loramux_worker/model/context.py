@@ -6,12 +6,14 @@ context that every attention and LoRA layer of one model holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from loramux_kernels import Activation, AttentionBatch, LoraSite, LoraTile
+from loramux_worker.adapters.own_weights import OwnWeights
 
 
 class StepLora(Protocol):
@@ -29,6 +31,15 @@ class StepLora(Protocol):
         """act(gate) ⊙ up [rows, n] of packed gate and up projections, with the adapters' share in both."""
 
 
+class OwnRun(NamedTuple):
+    """Rows `start` to `end` (exclusive) whose adapter has weights beside LoRA; `tiles` by target module."""
+
+    start: int
+    end: int
+    own: OwnWeights
+    tiles: Sequence[tuple[Tensor, Tensor] | None]
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """Rows of sequences, packed. All tensors are on the model's device."""
@@ -40,6 +51,8 @@ class StepBatch:
     lora: StepLora | None = None  # over all rows
     lora_head: StepLora | None = None  # over the rows whose logits are asked for
     lora_embedding: tuple[LoraTile, ...] = ()  # runs of rows whose adapter touches the embedding
+    own: tuple[OwnRun, ...] = ()  # runs of rows whose adapter has more than LoRA, over all rows
+    own_head: tuple[OwnRun, ...] = ()  # the same over the rows whose logits are asked for
 
 
 @dataclass(slots=True)

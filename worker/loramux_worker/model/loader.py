@@ -17,6 +17,7 @@ from loramux_worker.model.attention import IMPLEMENTATION, attach
 from loramux_worker.model.context import StepBatch, StepContext
 from loramux_worker.model.fused import FusedDecoder, fuse
 from loramux_worker.model.lora_layers import add_lora_layers
+from loramux_worker.model.own_layers import add_own_parameters
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,7 +52,7 @@ class ServedModel:
             logits [n, vocabulary] of the rows that `batch` asks for.
         """
         self.context.batch = batch
-        if self.fused is not None:
+        if self.fused is not None and not batch.own:
             return self.fused(batch, out)
         logits: Tensor = self.module(
             input_ids=batch.input_ids[None],
@@ -116,6 +117,7 @@ def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool |
             "architectures with other kinds of layers are not served"
         )
     targets = add_lora_layers(module, context)
+    add_own_parameters(module, context)
     if fused is None:
         fused = device.type == "cuda"
     return ServedModel(

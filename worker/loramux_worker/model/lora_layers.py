@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramux_worker.adapters.targets import TargetKind, TargetModule
-from loramux_worker.model.context import StepContext, StepLora
+from loramux_worker.model.context import OwnRun, StepContext, StepLora
+from loramux_worker.model.own_layers import replace_linear_, scale_linear_
 
 
 class LoraLinear(nn.Linear):
     """An `nn.Linear` that shares the base layer's parameters and adds each row's adapter."""
 
-    def __init__(self, base: nn.Linear, target: int, context: StepContext) -> None:
+    def __init__(self, base: nn.Linear, name: str, target: int, context: StepContext) -> None:
         nn.Module.__init__(self)  # the parameters exist already: nothing to initialise
+        self.name = name
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.target = target
@@ -24,11 +28,21 @@ class LoraLinear(nn.Linear):
         batch = self.context.batch
         return None if batch is None else batch.lora
 
+    def own(self) -> Sequence[OwnRun]:
+        """The runs of this layer's rows whose adapter has more than LoRA."""
+        batch = self.context.batch
+        return () if batch is None else batch.own
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """x [..., in_features] → [..., out_features]; the leading axes are the rows of the packed batch."""
         out = F.linear(input, self.weight, self.bias)
+        rows, x, own = out.view(-1, self.out_features), input.reshape(-1, self.in_features), self.own()
+        for run in own:
+            replace_linear_(rows, x, self, run)
         if (lora := self.lora()) is not None:
-            lora.add_(out.view(-1, self.out_features), input.reshape(-1, self.in_features), self.target)
+            lora.add_(rows, x, self.target)
+        for run in own:
+            scale_linear_(rows, self, run)
         return out
 
 
@@ -40,13 +54,19 @@ class LoraHead(LoraLinear):
         batch = self.context.batch
         return None if batch is None else batch.lora_head
 
+    def own(self) -> Sequence[OwnRun]:
+        """The runs of the rows whose logits are asked for."""
+        batch = self.context.batch
+        return () if batch is None else batch.own_head
+
 
 class LoraEmbedding(nn.Module):
     """An embedding that adds Aᵀ[ids] · Bᵀ of each row's adapter. Keeps the base layer, which may scale its output."""
 
-    def __init__(self, base: nn.Embedding, target: int, context: StepContext) -> None:
+    def __init__(self, base: nn.Embedding, name: str, target: int, context: StepContext) -> None:
         super().__init__()
         self.base = base
+        self.name = name
         self.target = target
         self.context = context
         scale = getattr(base, "embed_scale", None)  # Gemma scales inside its embedding, and PEFT's delta with it
@@ -61,8 +81,14 @@ class LoraEmbedding(nn.Module):
         """ids [1, T] → [1, T, dim]."""
         out: Tensor = self.base(input_ids)
         batch = self.context.batch
-        if batch is not None and batch.lora_embedding:
-            ids, rows = input_ids.view(-1), out.view(-1, out.shape[-1])
+        if batch is None:
+            return out
+        ids, rows = input_ids.view(-1), out.view(-1, out.shape[-1])
+        for run in batch.own:
+            if (weight := run.own.parameters(self.name).get("weight")) is not None:
+                vectors = F.embedding(ids[run.start : run.end], weight)
+                rows[run.start : run.end] = vectors if self.scale is None else vectors * self.scale.to(vectors.dtype)
+        if batch.lora_embedding:
             for start, end, a, b in batch.lora_embedding:
                 delta = a[:, ids[start:end]].t() @ b
                 rows[start:end] += delta if self.scale is None else delta * self.scale.to(delta.dtype)
@@ -81,10 +107,10 @@ def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModul
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             layer = LoraHead if module is head else LoraLinear
-            replacement: nn.Module = layer(module, len(targets), context)
+            replacement: nn.Module = layer(module, name, len(targets), context)
             kind, shape = TargetKind.LINEAR, (module.in_features, module.out_features)
         elif module is embedding and isinstance(module, nn.Embedding):
-            replacement = LoraEmbedding(module, len(targets), context)
+            replacement = LoraEmbedding(module, name, len(targets), context)
             kind, shape = TargetKind.EMBEDDING, (module.num_embeddings, module.embedding_dim)
         else:
             continue

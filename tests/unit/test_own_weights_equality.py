@@ -1,0 +1,86 @@
+"""Adapters that are more than LoRA, in batches with plain ones: greedy tokens are Hugging Face PEFT's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loramux_worker.engine.protocol import AdapterReference, SamplingParameters, Submit
+from tiny_models import TinyModel, make_model, save_adapter
+from unit.engine_support import Recorder
+
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"targets": _ALL, "use_dora": True},
+    "dora-some": {"targets": ["q_proj", "down_proj", "lm_head"], "use_dora": True, "use_rslora": True},
+    "bias-lora-only": {"targets": ["q_proj", "v_proj"], "bias": "lora_only"},
+    "bias-all": {"targets": ["q_proj", "o_proj"], "bias": "all"},
+    "dora-bias": {"targets": ["q_proj", "k_proj"], "use_dora": True, "bias": "all"},
+    "own-norms": {"targets": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+    "own-ends": {"targets": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "own-tables": {"targets": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "whole-layers": {"targets": ["q_proj"], "modules_to_save": ["mlp"]},
+}
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    made = make_model(tmp_path_factory.mktemp("model"), request.param, num_adapters=2)
+    for number, (kind, settings) in enumerate(KINDS.items()):
+        settings = dict(settings)
+        save_own_adapter(made.path, made.adapters / kind, settings.pop("targets"), seed=number, **settings)
+    return replace(made, adapter_ids=(*made.adapter_ids, *KINDS))
+
+
+def save_own_adapter(model: Path, folder: Path, targets: list[str], *, seed: int, **config: Any) -> None:
+    """Save an adapter all of whose parameters differ from what they begin as."""
+    torch.manual_seed(seed)
+    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **config)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.15
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+
+
+def expected_tokens(model: TinyModel, adapter_id: str | None, prompt: list[int]) -> list[int]:
+    """PEFT's, each adapter on a base model of its own: biases are trained in place."""
+    ids = () if adapter_id is None else (adapter_id,)
+    return replace(model, adapter_ids=ids).reference().generate(prompt, adapter_id, NEW_TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tokens_equal_peft(model: TinyModel, device: str) -> None:
+    adapters = [None, *model.adapter_ids]
+    submissions = []
+    for number, adapter_id in enumerate([*adapters, *adapters]):
+        prompt = [3 + (7 * i * (number + 1)) % 250 for i in range(5 + number)]
+        reference = None if adapter_id is None else AdapterReference(adapter_id, "r", str(model.adapters / adapter_id))
+        submissions.append(Submit(number, prompt, SamplingParameters(NEW_TOKENS, eos_token_ids=(257,)), reference))
+    recorder = Recorder(model, device, max_batched_tokens=48, max_model_len=128)
+    recorder.run(submissions)
+    assert not recorder.failures
+    answers = set()
+    for s in submissions:
+        adapter_id = None if s.adapter is None else s.adapter.adapter_id
+        expected = expected_tokens(model, adapter_id, s.prompt_token_ids)
+        assert recorder.tokens[s.sequence_id] == expected, f"sequence {s.sequence_id} with {adapter_id}"
+        answers.add(tuple(expected))
+    assert len(answers) > len(adapters), "adapters change the answer"
+
+
+def test_what_a_dora_lacks_is_named(model: TinyModel, tmp_path: Path) -> None:
+    save_adapter(model.path, tmp_path / "plain", ["q_proj"], rank=2)
+    config = tmp_path / "plain" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    recorder = Recorder(model, "cpu")
+    recorder.run([Submit(1, [5, 6], SamplingParameters(2), AdapterReference("plain", "r", str(tmp_path / "plain")))])
+    assert "lora_magnitude_vector of" in recorder.failures[1].message

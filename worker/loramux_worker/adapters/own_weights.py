@@ -1,0 +1,54 @@
+"""What an adapter has beside A and B: parameters in place of the model's, and the magnitudes of DoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loramux_worker.adapters.layout import MAGNITUDE, OwnTensor
+
+_ROWS_AT_ONCE = 1024
+_NOTHING: Mapping[str, Tensor] = {}
+
+
+class OwnWeights:
+    """Views of one adapter's tensors, by module. Valid as long as the adapter lies where it does."""
+
+    def __init__(self, tensors: tuple[OwnTensor, ...], run: Tensor) -> None:
+        self._parameters: dict[str, dict[str, Tensor]] = {}
+        self._magnitudes: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
+        for tensor in tensors:
+            if tensor.parameter == MAGNITUDE:
+                self._magnitudes[tensor.module] = tensor.view(run)
+            else:
+                self._parameters.setdefault(tensor.module, {})[tensor.parameter] = tensor.view(run)
+
+    def parameters(self, module: str) -> Mapping[str, Tensor]:
+        """By their names in the module, the parameters that stand in place of the model's."""
+        return self._parameters.get(module, _NOTHING)
+
+    def scale(self, module: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+        """What DoRA multiplies the outputs of a module with, bias aside: [out_features]; None where there is no DoRA.
+
+        Args:
+            weight: the model's [out_features, in_features].
+            a: [rank, in_features]; b: [rank, out_features], scaled.
+        """
+        magnitude = self._magnitudes.get(module)
+        if magnitude is None:
+            return None
+        if module not in self._scales:
+            self._scales[module] = magnitude / dora_norms(weight, a, b)
+        return self._scales[module]
+
+
+def dora_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Norms of the rows of W + Bᵀ·A, [out_features] in W's dtype (Liu et al., "DoRA", ICML 2024, section 4.1)."""
+    norms = [
+        torch.linalg.norm(rows.float() + part.float().t() @ a.float(), dim=1)
+        for rows, part in zip(weight.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE, dim=1), strict=True)
+    ]
+    return torch.cat(norms).to(weight.dtype)
