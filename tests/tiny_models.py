@@ -158,6 +158,17 @@ def save_adapter(model: Path, folder: Path, targets: list[str], *, rank: int, se
     tuned.save_pretrained(folder, save_embedding_layers=False)
 
 
+def save_trained_adapter(model: Path, folder: Path, targets: list[str], *, seed: int = 0, **config: Any) -> None:
+    """Save an adapter all of whose parameters differ from what they begin as."""
+    torch.manual_seed(seed)
+    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **config)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.15
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+
+
 def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """A byte-level tokenizer: a token a byte, then <s>, </s> and words to fill the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

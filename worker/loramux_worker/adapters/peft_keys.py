@@ -145,8 +145,11 @@ def match_to_config(
             own.append((OwnTensor(target.name, MAGNITUDE, (target.out_features,)), parts[MAGNITUDE]))
     if not sources:
         raise AdapterInvalid("its target_modules are none of this model's")
-    for parameter in parameters:
-        if config.saves(parameter) and parameter not in found.own:
+    saved = [parameter for parameter in parameters if config.saves(parameter)]
+    if config.modules_to_save and not saved:
+        raise AdapterInvalid(f"modules_to_save names none of this model's: {quoted(list(config.modules_to_save))}")
+    for parameter in saved:
+        if parameter not in found.own:
             raise AdapterInvalid(f"{quoted(parameter)} is among modules_to_save and has no weights")
     for parameter, entry in found.own.items():
         module, _, name = parameter.rpartition(".")

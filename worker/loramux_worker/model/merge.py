@@ -1,7 +1,8 @@
 """Bake one adapter into a copy of the base model, a few rows at a time.
 
 Every file of the copy has the name and the tensors of its original. A weight W [out, in] of a module that the adapter
-touches becomes W + Bᵀ·A, computed in float32 and rounded once; everything else is copied as it is.
+touches becomes W + Bᵀ·A, with DoRA's magnitudes as the norms of its rows, computed in float32 and rounded once. What
+the adapter has of its own takes the place of the model's; everything else is copied as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from loramux_worker.adapters.layout import MAGNITUDE
 from loramux_worker.adapters.peft_format import AdapterWeights, ModuleWeights
 from loramux_worker.adapters.targets import TargetKind
 from loramux_worker.errors import ConfigurationError
@@ -118,37 +120,66 @@ class Merge:
             yield cast.view(torch.uint8).numpy().data
 
 
-def _changes(skeleton: ModelSkeleton, adapter: AdapterWeights) -> Mapping[str, Callable[[int, int], Tensor]]:
-    """By the tensor's name in the files: from (first row, end row) to what is added to them, float32."""
-    changes = {}
+Change = Callable[[Tensor, int], Tensor]
+"""From rows of a weight, float32 [n, columns], and the number of the first to what they become."""
+
+
+def _changes(skeleton: ModelSkeleton, adapter: AdapterWeights) -> Mapping[str, Change]:
+    """By the tensor's name in the files."""
+    changes: dict[str, Change] = {}
+    magnitudes = {tensor.module: values for tensor, values in adapter.own if tensor.parameter == MAGNITUDE}
+    edges = {skeleton.targets[index].name for index in skeleton.edge_targets}
     for module in adapter.modules:
         target = skeleton.targets[module.target]
-        if skeleton.is_tied and module.target in skeleton.edge_targets:
-            raise ConfigurationError(
-                f"the adapter touches {target.name}, whose weights this model shares between embedding and output "
-                "head: merged, it would change both"
-            )
-        changes[skeleton.weight_of(target).name] = _delta(module, target.kind)
+        if skeleton.is_tied and target.name in edges:
+            raise _ties(target.name)
+        changes[skeleton.weight_of(target).name] = _sum(module, target.kind, magnitudes.get(target.name))
+    for tensor, values in adapter.own:
+        if tensor.parameter == MAGNITUDE:
+            continue
+        if skeleton.is_tied and tensor.module in edges:
+            raise _ties(tensor.module)
+        changes[skeleton.tensor_of(f"{tensor.module}.{tensor.parameter}").name] = _own(values)
     return changes
 
 
-def _delta(module: ModuleWeights, kind: TargetKind) -> Callable[[int, int], Tensor]:
+def _ties(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the adapter touches {name}, whose weights this model shares between embedding and output head: merged, it "
+        "would change both"
+    )
+
+
+def _sum(module: ModuleWeights, kind: TargetKind, magnitude: Tensor | None) -> Change:
     # a [rank, in], b [rank, out] with the scaling in it; a linear's weight is [out, in], an embedding's [in, out]
     left, right = (module.b, module.a) if kind is TargetKind.LINEAR else (module.a, module.b)
-    return lambda first, end: left[:, first:end].t() @ right
+
+    def change(rows: Tensor, first: int) -> Tensor:
+        end = first + rows.shape[0]
+        rows = rows + left[:, first:end].t() @ right
+        if magnitude is None:
+            return rows
+        norms: Tensor = torch.linalg.norm(rows, dim=1)
+        return rows * (magnitude[first:end] / norms)[:, None]
+
+    return change
 
 
-def _sums(tensor: StoredTensor, change: Callable[[int, int], Tensor] | None) -> Iterator[Tensor]:
-    """The elements of W plus its change in order, float32 if there is one."""
+def _own(values: Tensor) -> Change:
+    flat = values.reshape(values.shape[0], -1)
+    return lambda rows, first: flat[first : first + rows.shape[0]]
+
+
+def _sums(tensor: StoredTensor, change: Change | None) -> Iterator[Tensor]:
+    """The elements of what W becomes in order, float32 where it changes."""
     row = 0
     for piece in tensor.floats(PIECE_ELEMENTS):
         if change is None:
             yield piece
             continue
-        rows = piece.float().view(-1, tensor.shape[1])
-        rows = rows + change(row, row + rows.shape[0])
+        rows = piece.float().view(-1, math.prod(tensor.shape[1:]))
+        yield change(rows, row).reshape(-1)
         row += rows.shape[0]
-        yield rows.view(-1)
 
 
 def _copy_other_files(source: Path, destination: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights
+from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights, parameter_shapes
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION
@@ -66,7 +66,16 @@ class ModelSkeleton:
         Raises:
             ConfigurationError: the files hold it under no name that is known, or in another form than the model's.
         """
-        return self._find(f"{target.name}.weight")
+        return self.tensor_of(f"{target.name}.weight")
+
+    def tensor_of(self, parameter: str) -> StoredTensor:
+        """The same of any parameter, by its name in the model."""
+        return self._find(parameter)
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters, by name."""
+        return parameter_shapes(self._module)
 
     def _find(self, parameter: str) -> StoredTensor:
         name = self._stored_names.get(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,6 +94,7 @@ def check(
         dtype=skeleton.dtype,
         base_model_name=settings.model_name or skeleton.name,
         base_weights=skeleton.base_weights,
+        parameters=skeleton.parameters,
     )
     reports = []
     with byte_progress("") as progress:
@@ -132,7 +134,9 @@ def _examine(local: LocalAdapter, skeleton: ModelSkeleton, limits: AdapterLimits
                 )
             )
     num_bytes = layout.num_elements * limits.dtype.itemsize
-    return Report(local.name, local.revision, tuple(modules), layout.rank, num_bytes, _text(local, skeleton))
+    own = Counter(f"{tensor.module.rpartition('.')[2]}.{tensor.parameter}" for tensor in layout.own)
+    text = _text(local, skeleton)
+    return Report(local.name, local.revision, tuple(modules), layout.rank, num_bytes, text, tuple(own.items()))
 
 
 def _text(local: LocalAdapter, skeleton: ModelSkeleton) -> BroughtText | None:
@@ -175,6 +179,9 @@ def _print(reports: list[Report], skeleton: ModelSkeleton, as_json: bool) -> Non
         if report.is_served:
             typer.echo(report.name if report.revision is None else f"{report.name}  {report.revision}")
             console.print(report.as_table(dtype))
+            if report.own:
+                own = ", ".join(f"{kind} × {count}" for kind, count in report.own)
+                console.print(f"beside LoRA: {own}", markup=False, highlight=False, soft_wrap=True)
             if report.text is not None:
                 console.print(report.text.as_lines(), markup=False, highlight=False, soft_wrap=True)
         else:

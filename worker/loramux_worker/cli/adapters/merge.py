@@ -109,7 +109,8 @@ def _read(local: LocalAdapter, skeleton: ModelSkeleton, model_name: str | None) 
 
     from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
 
-    limits = AdapterLimits(_NO_RANK_LIMIT, torch.float32, model_name or skeleton.name, skeleton.base_weights)
+    name = model_name or skeleton.name
+    limits = AdapterLimits(_NO_RANK_LIMIT, torch.float32, name, skeleton.base_weights, skeleton.parameters)
     return read_adapter(local.folder, skeleton.targets, limits)
 
 

@@ -90,6 +90,7 @@ class Report:
     rank: int = 0
     num_bytes: int = 0
     text: BroughtText | None = None
+    own: tuple[tuple[str, int], ...] = ()  # tensors that are no LoRA by kind (`norm.weight`), and how many
     code: str | None = None
     reason: str | None = None
 
@@ -128,6 +129,7 @@ class Report:
             "rank": self.rank,
             "bytes": self.num_bytes,
             "modules": modules,
+            "own": dict(self.own),
             "text": None if self.text is None else self.text.as_json(),
         }
 
