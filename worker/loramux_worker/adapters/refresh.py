@@ -13,7 +13,8 @@ import structlog
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.revisions import KnownRevisions
-from loramux_worker.adapters.store import Store, StoreChanged, StoredFile
+from loramux_worker.adapters.source import StoreChanged, StoredFile
+from loramux_worker.adapters.store import Store
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
 
