@@ -25,6 +25,7 @@ from loramux_worker.errors import ConfigurationError, RequestFailed
 log = structlog.get_logger(__name__)
 
 OUTAGE_TTL = 5.0  # seconds in which a store that failed is not asked again about an adapter that is on disk
+EVICTION_SECONDS = 0.01  # between two looks at an adapter that is just being evicted
 
 
 class AdapterCatalog:
@@ -96,6 +97,7 @@ class AdapterCatalog:
             # Between the end of a download and here another adapter may have needed the room.
             if self.disk.acquire(reference.revision):
                 return reference
+            await asyncio.sleep(EVICTION_SECONDS)
 
     def release(self, reference: AdapterReference) -> None:
         """Ends a lease that `acquire` took."""
