@@ -170,7 +170,9 @@ class AdapterCatalog:
 
     async def _fetch_or_keep(self, refresher: Refresher, on_disk: AdapterReference, place: Place) -> AdapterReference:
         """The store's revision, or the one on disk while the store is slow or does not answer."""
-        with self.lease(on_disk):
+        if not self.disk.acquire(on_disk.revision):  # another process has just evicted it
+            return await _outcome(refresher.start(on_disk.adapter_id))
+        try:
             refresh = refresher.start(on_disk.adapter_id)
             done, _ = await asyncio.wait({refresh}, timeout=self._patience)
             try:
@@ -182,6 +184,8 @@ class AdapterCatalog:
             place.fresh_until = self._clock() + self._outage_ttl
             log.warning("adapter_not_refreshed", adapter_id=on_disk.adapter_id, serving=on_disk.revision)
             return on_disk
+        finally:
+            self.release(on_disk)
 
 
 async def _outcome(refresh: asyncio.Task[AdapterReference]) -> AdapterReference:
