@@ -99,6 +99,8 @@ def has_abandoned(cache: Path) -> bool:
     """Whether a download lies half done in the folder of a process that is gone."""
     for workspace in cache.glob("incoming/*"):
         if (lock := try_lock(workspace)) is not None:
-            os.close(lock)
-            return any(workspace.glob("*-*/*"))
+            try:  # while it is locked nobody clears it up
+                return any(workspace.glob("*-*/*"))
+            finally:
+                os.close(lock)
     return False

@@ -209,13 +209,13 @@ class DiskTier:
                 room = self.quota_bytes - reserved - size
                 discarded = self._evict_while(lambda: self.used_bytes > room)  # noqa: B023 (called here only)
                 await in_thread(_remove, discarded)
-                disk_full = shutil.disk_usage(self.root).free < size
+                disk_full = shutil.disk_usage(self.root).free < reserved + size
                 if self.used_bytes <= room and not disk_full:
                     return self._workspace.new_folder(size)
-            if disk_full:
-                if not await self.make_free(size):
-                    raise RequestFailed(ErrorCode.ADAPTER_UNAVAILABLE, "the disk of the adapter cache is full")
+            if disk_full and await self.make_free(size):
                 continue
+            if disk_full and not reserved:  # else what others bring in can be evicted once it is here
+                raise RequestFailed(ErrorCode.ADAPTER_UNAVAILABLE, "the disk of the adapter cache is full")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), POLL_SECONDS)
 
