@@ -15,7 +15,7 @@ from loramux_schemas import AdapterName, ErrorCode
 from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.revisions import FileDigest, digest_folder
-from loramux_worker.adapters.store import StoreChanged, StoredFile
+from loramux_worker.adapters.source import StoreChanged, StoredFile
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from loramux_schemas import ErrorCode
-from loramux_worker.adapters.store import MAX_CONFIG_BYTES, AdapterStore, StoreChanged
+from loramux_worker.adapters.source import StoreChanged
+from loramux_worker.adapters.store import MAX_CONFIG_BYTES, AdapterStore
 from loramux_worker.adapters.text_files import MAX_TEXT_BYTES
 from loramux_worker.errors import ConfigurationError, RequestFailed
+from web_server import WebServer, serving
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": b"weights" * 1000}
 TEXT = {
@@ -127,7 +126,6 @@ async def test_file_that_is_not_what_was_listed(tmp_path: Path) -> None:
         ("s3://bucket/adapters", "has no {adapter_id}"),
         ("/models/{adapter_id}", "begins with none of file://, s3://"),
         ("ftp://host/{adapter_id}", "begins with none of file://, s3://"),
-        ("hf://org/{adapter_id}", "hf:// is not supported yet"),
         ("s3://{adapter_id}", "needs a bucket"),
         ("s3:///{adapter_id}", "needs a bucket"),
         ("s3://bucket/{tenant}/{adapter_id}", "no braces"),
@@ -147,69 +145,31 @@ def test_template_that_leads_nowhere_names_the_setting(
     assert "\n" not in str(failure.value)
 
 
-class WebServer(ThreadingHTTPServer):
-    """Serves `files`; the next `failures` requests get 503, those in `denied` 403, those in `broken` half."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), WebHandler)
-        self.files: dict[str, bytes] = {}
-        self.denied: set[str] = set()
-        self.broken: set[str] = set()
-        self.failures = 0
-        self.ranges = True
-        self.requests: Counter[str] = Counter()
-
-
-class WebHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: WebServer
-
-    def do_GET(self) -> None:
-        self.server.requests[f"{self.command} {self.path}"] += 1
-        if self.server.failures > 0:
-            self.server.failures -= 1
-            return self.answer(503)
-        if self.path in self.server.denied:
-            return self.answer(403)
-        if (content := self.server.files.get(self.path)) is None:
-            return self.answer(404)
-        if self.server.ranges and (wanted := self.headers["Range"]):
-            first = int(wanted.removeprefix("bytes=").partition("-")[0])
-            return self.answer(206, content, first)
-        return self.answer(200, content)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def answer(self, status: int, content: bytes = b"", first: int = 0) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) - first))
-        self.send_header("ETag", f'"{len(content)}"')
-        self.send_header("Last-Modified", "Mon, 01 Jun 2026 00:00:00 GMT")
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.command == "GET":
-            self.close_connection = self.path in self.server.broken and first < len(content) // 2
-            self.wfile.write(content[first : len(content) // 2 if self.close_connection else None])
-
-    def log_message(self, *words: object) -> None:
-        """Quiet."""
+@pytest.mark.parametrize(
+    "template",
+    [
+        "file:///{adapter_id}",
+        "s3://bucket/adapters/{adapter_id}",
+        "gs://bucket/adapters/{adapter_id}",
+        "az://container/adapters/{adapter_id}",
+        "http://127.0.0.1:1/{adapter_id}",
+        "https://example.com/adapters/{adapter_id}",
+        "hf://org/{adapter_id}",
+    ],
+)
+def test_every_scheme_opens(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert AdapterStore(template).uri("acme/a") == template.replace("{adapter_id}", "acme/a")
 
 
 @pytest.fixture
 def web() -> Iterator[WebServer]:
-    server = WebServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(WebServer()) as server:
+        yield server
 
 
 def web_store(web: WebServer, timeout: float = 30.0) -> AdapterStore:
-    return AdapterStore(f"http://127.0.0.1:{web.server_port}/adapters/{{adapter_id}}", timeout=timeout)
+    return AdapterStore(f"{web.url}/adapters/{{adapter_id}}", timeout=timeout)
 
 
 async def test_plain_web_server(web: WebServer, tmp_path: Path) -> None:
@@ -260,3 +220,40 @@ async def test_half_a_file_is_never_taken_for_a_whole_one(web: WebServer, tmp_pa
     with pytest.raises(RequestFailed, match="does not answer") as failure:
         await read(web_store(web), "a", tmp_path)
     assert failure.value.code == ErrorCode.ADAPTER_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("template", "place", "listing", "environment"),
+    [
+        (
+            "gs://bucket/{adapter_id}",
+            "/bucket",
+            b"<ListBucketResult></ListBucketResult>",
+            {"GOOGLE_BASE_URL": "URL", "GOOGLE_SKIP_SIGNATURE": "true"},
+        ),
+        (
+            "az://container/{adapter_id}",
+            "/container",
+            b"<EnumerationResults><Blobs></Blobs></EnumerationResults>",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "account",
+                "AZURE_STORAGE_ENDPOINT": "URL",
+                "AZURE_SKIP_SIGNATURE": "true",
+            },
+        ),
+    ],
+)
+async def test_clouds_are_read_where_the_environment_says(
+    web: WebServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    place: str,
+    listing: bytes,
+    environment: dict[str, str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("URL", web.url))
+    web.files = {f"{place}/acme/support/{name}": content for name, content in FILES.items()}
+    web.files[place] = listing
+    assert await read(AdapterStore(template), "acme/support", tmp_path) == FILES

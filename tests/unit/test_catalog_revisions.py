@@ -11,7 +11,7 @@ import pytest
 from adapter_rig import CONFIG, SECONDS, TTL, FakeStore, Gate, Rig, outage, reached, weights
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.revisions import FileDigest
-from loramux_worker.adapters.store import StoredFile
+from loramux_worker.adapters.source import StoredFile
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapter_rig import corrupt, read, store, until_blocked
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.disk import DiskTier
+from loramux_worker.adapters.eviction import S3Fifo
 from loramux_worker.errors import RequestFailed
 
 QUOTA = 250
 
 
 class DiskTierMachine(RuleBasedStateMachine):
-    """The tier holds what a least-recently-used list under the same quota holds, restarts included."""
+    """The tier holds what S3-FIFO under the same quota keeps. A restart leaves the order of last use, and no more."""
 
     @initialize()
     def start(self) -> None:
@@ -31,6 +32,8 @@ class DiskTierMachine(RuleBasedStateMachine):
         self.disk = DiskTier(self.root, QUOTA)
         self.contents: dict[str, bytes] = {}
         self.present: OrderedDict[str, int] = OrderedDict()  # revision → size, least recently used first
+        self.policy: S3Fifo[str] = S3Fifo(QUOTA)
+        self.new: set[str] = set()  # not leased yet
         self.corrupt: set[str] = set()
         self.leases: Counter[str] = Counter()
 
@@ -42,13 +45,25 @@ class DiskTierMachine(RuleBasedStateMachine):
 
     def make_room(self, size: int) -> bool:
         """The model's eviction; whether there is room now."""
-        for revision in list(self.present):
-            if sum(self.present.values()) + size <= QUOTA:
-                break
-            if not self.leases[revision]:
-                del self.present[revision]
-                self.corrupt.discard(revision)
-        return sum(self.present.values()) + size <= QUOTA
+        while sum(self.present.values()) + size > QUOTA:
+            evicted = self.policy.evict(lambda revision: not self.leases[revision])
+            if evicted is None:
+                return False
+            del self.present[evicted]
+            self.corrupt.discard(evicted)
+        return True
+
+    def add(self, revision: str, size: int) -> None:
+        if revision not in self.present or revision in self.corrupt:
+            self.remove(revision)
+            self.policy.add(revision, size)
+        self.present[revision] = size
+        self.present.move_to_end(revision)
+
+    def remove(self, revision: str) -> None:
+        if self.present.pop(revision, None) is not None:
+            self.policy.remove(revision)
+        self.corrupt.discard(revision)
 
     def unfinished(self) -> list[Path]:
         """What lies in the tier's workspace."""
@@ -65,9 +80,9 @@ class DiskTierMachine(RuleBasedStateMachine):
         elif self.make_room(size):
             revision = self.runner.run(store(self.disk, content))
             self.contents[revision] = content
-            self.corrupt.discard(revision)
-            self.present[revision] = size
-            self.present.move_to_end(revision)
+            if revision not in self.present or revision in self.corrupt:
+                self.new.add(revision)
+            self.add(revision, size)
         else:
             self.runner.run(self.wait_in_vain(content))
 
@@ -87,8 +102,7 @@ class DiskTierMachine(RuleBasedStateMachine):
         revision = data.draw(st.sampled_from(sorted(self.contents)))
         folder = self.runner.run(self.disk.get(revision))
         if revision in self.corrupt:
-            self.corrupt.discard(revision)
-            del self.present[revision]
+            self.remove(revision)
         assert (folder is not None) == (revision in self.present)
         if folder is not None:
             assert read(folder) == self.contents[revision]
@@ -103,6 +117,10 @@ class DiskTierMachine(RuleBasedStateMachine):
             self.runner.run(self.disk.get(revision))
             assert self.disk.acquire(revision)
             self.leases[revision] += 1
+            if revision in self.new:
+                self.new.remove(revision)
+            else:
+                self.policy.touch(revision)
 
     @precondition(lambda self: self.leases.total())
     @rule(data=st.data())
@@ -116,6 +134,10 @@ class DiskTierMachine(RuleBasedStateMachine):
         """The process ends; meanwhile some folders rot, and others' unfinished downloads lie about."""
         self.runner.run(self.disk.close())
         self.leases.clear()
+        self.new.clear()
+        self.policy = S3Fifo(QUOTA)
+        for revision, size in self.present.items():
+            self.policy.add(revision, size)
         for revision in data.draw(st.sets(st.sampled_from(sorted(self.present)))) if self.present else ():
             if revision not in self.corrupt:
                 corrupt(self.root / revision.removeprefix("sha256:"))
@@ -131,7 +153,7 @@ class DiskTierMachine(RuleBasedStateMachine):
         if not hasattr(self, "disk"):
             return
         self.disk.check_integrity()
-        folders = {path.name for path in self.root.iterdir()} - {"incoming", "names"}
+        folders = {path.name for path in self.root.iterdir()} - {"arriving", "incoming", "names"}
         assert {f"sha256:{name}" for name in folders} == set(self.present)
         assert len(self.disk) == len(self.present)
         assert self.disk.used_bytes == sum(self.present.values()) <= QUOTA

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Collection
@@ -133,7 +134,15 @@ class Front:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _raise_file_limit() -> None:
+    """As many open files as the system allows: each adapter in use holds one, and shells give 1024 by default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems say "unlimited" and do not mean it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def _serve(settings: WorkerSettings) -> None:
+    _raise_file_limit()
     stopping, stopping_now = (asyncio.create_task(event.wait()) for event in _on_signals())
     async with contextlib.AsyncExitStack() as stack:
         building = asyncio.create_task(_build(settings, stack))

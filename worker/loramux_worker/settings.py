@@ -86,7 +86,8 @@ class WorkerSettings(BaseSettings):
     )
     adapter_uri: str | None = Field(
         None,
-        description="where adapters are, e.g. s3://bucket/adapters/{adapter_id}; none: only the base model",
+        description="where adapters are, e.g. s3://bucket/adapters/{adapter_id} or hf://org/{adapter_id}; "
+        "none: only the base model",
     )
     adapters: Names = Field(
         default_factory=lambda: _split(os.environ.get("LORA_ADAPTERS", "")),

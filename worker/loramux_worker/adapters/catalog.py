@@ -25,6 +25,7 @@ from loramux_worker.errors import ConfigurationError, RequestFailed
 log = structlog.get_logger(__name__)
 
 OUTAGE_TTL = 5.0  # seconds in which a store that failed is not asked again about an adapter that is on disk
+EVICTION_SECONDS = 0.01  # between two looks at an adapter that is just being evicted
 
 
 class AdapterCatalog:
@@ -96,6 +97,7 @@ class AdapterCatalog:
             # Between the end of a download and here another adapter may have needed the room.
             if self.disk.acquire(reference.revision):
                 return reference
+            await asyncio.sleep(EVICTION_SECONDS)
 
     def release(self, reference: AdapterReference) -> None:
         """Ends a lease that `acquire` took."""
@@ -168,7 +170,9 @@ class AdapterCatalog:
 
     async def _fetch_or_keep(self, refresher: Refresher, on_disk: AdapterReference, place: Place) -> AdapterReference:
         """The store's revision, or the one on disk while the store is slow or does not answer."""
-        with self.lease(on_disk):
+        if not self.disk.acquire(on_disk.revision):  # another process has just evicted it
+            return await _outcome(refresher.start(on_disk.adapter_id))
+        try:
             refresh = refresher.start(on_disk.adapter_id)
             done, _ = await asyncio.wait({refresh}, timeout=self._patience)
             try:
@@ -180,6 +184,8 @@ class AdapterCatalog:
             place.fresh_until = self._clock() + self._outage_ttl
             log.warning("adapter_not_refreshed", adapter_id=on_disk.adapter_id, serving=on_disk.revision)
             return on_disk
+        finally:
+            self.release(on_disk)
 
 
 async def _outcome(refresh: asyncio.Task[AdapterReference]) -> AdapterReference:

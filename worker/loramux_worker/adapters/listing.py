@@ -12,8 +12,9 @@ import obstore.store
 from obstore.exceptions import BaseError
 
 from loramux_schemas import AdapterName
-from loramux_worker.adapters.store import CONFIG_FILE, PLACEHOLDER, WEIGHTS_FILE, first_line, open_store, split_template
-from loramux_worker.errors import ConfigurationError
+from loramux_worker.adapters.object_source import open_store, split_template
+from loramux_worker.adapters.source import PLACEHOLDER, first_line, misconfigured, scheme_of
+from loramux_worker.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 
 # Half-seen folders that are remembered. Stores list by name, or folder by folder: between the two files of one adapter
 # comes only what lies below it, so what is forgotten here is a folder that lacks a file.
@@ -37,12 +38,12 @@ async def list_adapters(template: str, *, timeout: float = 30.0) -> AsyncGenerat
     Raises:
         ConfigurationError: the template leads nowhere, the store has no listing or does not answer.
     """
+    if scheme_of(template) == "hf":
+        raise misconfigured(template, "the Hugging Face hub is not listed; look at the organisation's page there")
     base, key_template = split_template(template)
     store = open_store(base, timeout)
     if isinstance(store, obstore.store.HTTPStore):
-        raise ConfigurationError(
-            f"--adapter-uri {template}: a plain web server cannot list what it holds; list the store behind it"
-        )
+        raise misconfigured(template, "a plain web server cannot list what it holds; list the store behind it")
     pattern = _pattern(key_template)
     halves: dict[str, ListedAdapter] = {}
     try:
@@ -60,7 +61,7 @@ async def list_adapters(template: str, *, timeout: float = 30.0) -> AsyncGenerat
                 if len(halves) > _MAX_HALVES:
                     del halves[next(iter(halves))]
     except (BaseError, OSError) as error:
-        raise ConfigurationError(f"--adapter-uri {template}: cannot be listed: {first_line(error)}") from error
+        raise misconfigured(template, f"cannot be listed: {first_line(error)}") from error
 
 
 def _pattern(key_template: str) -> re.Pattern[str]:

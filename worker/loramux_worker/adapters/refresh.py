@@ -12,8 +12,11 @@ import structlog
 
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.disk import DiskTier
+from loramux_worker.adapters.disk_survey import is_full
 from loramux_worker.adapters.revisions import KnownRevisions
-from loramux_worker.adapters.store import Store, StoreChanged, StoredFile
+from loramux_worker.adapters.source import StoreChanged, StoredFile
+from loramux_worker.adapters.store import Store
+from loramux_worker.adapters.together import in_thread, together
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
 
@@ -132,24 +135,23 @@ class Refresher:
             ) from None
         except OSError as error:
             log.error("adapter_cache_failed", adapter_id=adapter_id, error=str(error))
-            raise RequestFailed(
-                ErrorCode.ADAPTER_UNAVAILABLE,
-                f"adapter '{adapter_id}': the worker's adapter cache cannot be used",
-            ) from error
+            what = "the disk of the adapter cache is full" if is_full(error) else "the adapter cache cannot be used"
+            raise RequestFailed(ErrorCode.ADAPTER_UNAVAILABLE, f"adapter '{adapter_id}': {what}") from error
 
     async def _synchronise(self, adapter_id: str) -> AdapterReference:
         """Lists, and downloads unless these very files are on disk already."""
         for _ in range(MAX_ATTEMPTS):
             files = await self._list(adapter_id)
             fingerprint = _fingerprint(files)
-            revision = self.place(adapter_id).known.find(fingerprint)
-            if revision is None or await self._disk.get(revision) is None:
+            revision = await self._on_disk(self.place(adapter_id).known, fingerprint)
+            if revision is not None:
+                await self._remember(adapter_id, fingerprint, revision)
+            else:
                 try:
-                    revision = await self._download(adapter_id, files)
+                    revision = await self._download_alone(adapter_id, files, fingerprint)
                 except StoreChanged as change:
                     log.info("adapter_changed_while_read", adapter_id=adapter_id, change=str(change))
                     continue
-            await self._remember(adapter_id, fingerprint, revision)
             return AdapterReference(adapter_id, revision, str(self._disk.folder_of(revision)))
         raise RequestFailed(
             ErrorCode.ADAPTER_UNAVAILABLE, f"adapter '{adapter_id}' changes in the store while it is read"
@@ -167,17 +169,34 @@ class Refresher:
                 self._disk.index.forget(self._store.uri(adapter_id))
             raise
 
+    async def _on_disk(self, known: KnownRevisions, fingerprint: str) -> str | None:
+        """The revision of the files with this fingerprint if it is known and here."""
+        revision = known.find(fingerprint)
+        return revision if revision is not None and await self._disk.get(revision) is not None else None
+
+    async def _download_alone(self, adapter_id: str, files: tuple[StoredFile, ...], fingerprint: str) -> str:
+        """Brings the listed files to disk, or waits while another process of this host does; their revision."""
+        uri = self._store.uri(adapter_id)
+        async with self._disk.alone(f"{uri}\n{fingerprint}"):
+            revision = await self._on_disk(self._disk.index.get(uri), fingerprint)
+            if revision is None:
+                revision = await self._download(adapter_id, files)
+            await self._remember(adapter_id, fingerprint, revision)
+            return revision
+
     async def _download(self, adapter_id: str, files: tuple[StoredFile, ...]) -> str:
-        """Brings the listed files to disk; their revision."""
+        """Brings the listed files to disk, on a disk that proves full after evicting others; their revision."""
         size = sum(file.size for file in files)
         async with self._downloads:
             started = self._clock()
-            async with self._disk.incoming(size) as folder:
-                digests = [await self._store.download(adapter_id, file, folder / file.name) for file in files]
-                # Each file was what the listing said; were they so together, and not rewritten while read?
-                if await self._list(adapter_id) != files:
-                    raise StoreChanged(f"adapter '{adapter_id}' has changed")
-                revision = await self._disk.adopt(folder, digests)
+            while True:
+                try:
+                    revision = await self._transfer(adapter_id, files, size)
+                    break
+                except OSError as error:
+                    if not is_full(error) or not await self._disk.make_free(size):
+                        raise
+                    log.warning("adapter_cache_full", adapter_id=adapter_id)
         seconds = self._clock() - started
         self._stats.downloads += 1
         self._stats.downloaded_bytes += size
@@ -192,12 +211,23 @@ class Refresher:
         )
         return revision
 
+    async def _transfer(self, adapter_id: str, files: tuple[StoredFile, ...], size: int) -> str:
+        async with self._disk.incoming(size) as folder:
+            digests = await together(*(self._store.download(adapter_id, file, folder / file.name) for file in files))
+            # Each file was what the listing said; were they so together, and not rewritten while read?
+            if await self._list(adapter_id) != files:
+                raise StoreChanged(f"adapter '{adapter_id}' has changed")
+            return await self._disk.adopt(folder, digests)
+
     async def _remember(self, adapter_id: str, fingerprint: str, revision: str) -> None:
         place = self.place(adapter_id)
         known = place.known.with_current(fingerprint, revision)
         if known != place.known:
             place.known = known
-            await asyncio.to_thread(self._disk.index.put, self._store.uri(adapter_id), known)
+            try:
+                await in_thread(self._disk.index.put, self._store.uri(adapter_id), known)
+            except OSError as error:  # the adapter is here all the same; the next start will fetch it again
+                log.warning("adapter_not_remembered", adapter_id=adapter_id, error=str(error))
         self._places[adapter_id] = place
         place.looked_at = self._clock()
         place.fresh_until = place.looked_at + self._revision_ttl

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
 from pathlib import Path
 
+from loramux_worker.adapters.folder_locks import remove_abandoned, try_lock
+
 
 class Workspace:
-    """A locked folder below `parent`.
+    """A locked folder below `parent`; a new workspace first removes those that nobody holds any more.
 
-    The kernel drops the lock (`flock` on the folder itself) when the process ends in any way, kill -9
-    included, and other processes can see that whatever their process-id namespace is. So a new workspace
-    first removes those that nobody holds. Raises OSError when the folder cannot be written or the file system
-    knows no locks.
+    Raises OSError when the folder cannot be written or the file system knows no locks.
     """
 
     def __init__(self, parent: Path) -> None:
+        self.parent = parent
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
+        remove_abandoned(parent)
         self.folder, self._lock = _create_locked(parent)
 
-    def new_folder(self) -> Path:
-        """A new, empty folder. Raises OSError."""
-        path = self.new_path()
+    def new_folder(self, reserved_bytes: int = 0) -> Path:
+        """A new, empty folder, whose name tells everybody how much it may come to hold. Raises OSError."""
+        path = self.folder / f"{reserved_bytes}-{secrets.token_hex(8)}"
         path.mkdir()
         return path
 
@@ -41,37 +40,23 @@ class Workspace:
             self._lock = None
 
 
+def reserved_bytes(parent: Path) -> int:
+    """What the unfinished folders of all processes may come to hold; those of processes that are gone are removed."""
+    remove_abandoned(parent)
+    total = 0
+    for workspace in parent.iterdir():
+        try:
+            sizes = (name.partition("-") for name in os.listdir(workspace))
+            total += sum(int(size) for size, dash, _ in sizes if dash and size.isdecimal())
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # its process has just ended
+    return total
+
+
 def _create_locked(parent: Path) -> tuple[Path, int | None]:
     while True:
         folder = parent / secrets.token_hex(8)
         folder.mkdir()
-        lock = _try_lock(folder)
-        # Between mkdir and flock a starting neighbour may have taken the folder for an abandoned one.
-        if lock is not None and folder.exists():
+        # Between mkdir and the lock a starting neighbour may take the folder for an abandoned one.
+        if (lock := try_lock(folder)) is not None:
             return folder, lock
-        if lock is not None:
-            os.close(lock)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for folder in parent.iterdir():
-        if (lock := _try_lock(folder)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None when another process holds it or the folder is gone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor

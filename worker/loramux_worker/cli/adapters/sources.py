@@ -13,7 +13,8 @@ from loramux_schemas import AdapterName, ErrorCode
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.refresh import CatalogStats, Refresher
 from loramux_worker.adapters.revisions import FileDigest
-from loramux_worker.adapters.store import AdapterStore, StoredFile, first_line
+from loramux_worker.adapters.source import StoredFile, first_line
+from loramux_worker.adapters.store import AdapterStore
 from loramux_worker.cli.adapters.terminal import ByteProgress
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import ConfigurationError, RequestFailed
