@@ -57,7 +57,11 @@ def refused_or_right(folder: Path) -> None:
 
 
 @settings(max_examples=200, **QUICK)
-@given(changes=st.dictionaries(st.sampled_from([*GOOD, "alpha_pattern", "use_dora", "exclude_modules"]), values))
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([*GOOD, "alpha_pattern", "use_dora", "modules_to_save", "exclude_modules"]), values
+    )
+)
 def test_configs(folder: Path, changes: dict[str, Any]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**GOOD, **changes}))
     refused_or_right(folder)

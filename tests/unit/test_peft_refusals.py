@@ -38,6 +38,7 @@ def refusal(folder: Path, targets: tuple[TargetModule, ...] = TARGETS, limits: A
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ({"peft_type": None}, "peft_type is None"),
+    *(({"peft_type": name}, f"peft_type is '{name}'") for name in ("ADALORA", "VERA", "LOHA", "PROMPT_TUNING")),
     ({"use_dora": True}, "lora_magnitude_vector of .* is missing"),
     ({"modules_to_save": ["score"]}, "modules_to_save names none of this model's: \\['score'\\]"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
@@ -50,11 +51,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"ensure_weight_tying": True}, "ensure_weight_tying"),
     ({"arrow_config": {"top_k": 1}}, "arrow_config"),
+    *(({name: {"x": 1}}, name) for name in ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")),
     ({"bias": "some"}, "bias is 'some', not one of none, all, lora_only"),
     ({"bias": 1}, "bias is 1"),
     ({"init_lora_weights": "pissa_niter_16"}, "changes the base model's weights"),
     ({"init_lora_weights": "olora"}, "changes the base model's weights"),
     ({"init_lora_weights": "corda"}, "changes the base model's weights"),
+    ({"init_lora_weights": "loftq"}, "changes the base model's weights"),
+    ({"init_lora_weights": "lora_ga"}, "changes the base model's weights"),
     ({"some_new_feature": {"x": 1}}, "'some_new_feature' is set, which is not known"),
     ({"r": 0}, "r is 0"),
     ({"r": -1}, "r is -1"),
@@ -105,6 +109,11 @@ def test_bad_config(tmp_path: Path, fields: dict[str, Any], reason: str) -> None
     read_adapter(tmp_path, TARGETS, LIMITS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**good, **fields}))
     assert re.search(reason, refusal(tmp_path))
+
+
+def test_dora_on_the_embedding(tmp_path: Path) -> None:
+    write(tmp_path, config(4, ["embed_tokens"], use_dora=True), weights(TARGETS, 4, ["embed_tokens"], seed=0))
+    assert refusal(tmp_path) == "DoRA on the embedding 'model.embed_tokens' is not served"
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha", "target_modules"])
