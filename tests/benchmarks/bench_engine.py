@@ -1,6 +1,6 @@
 """What the engine takes on a GPU: decode steps, prefill, one request alone, and a crowd.
 
-    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,prefill,alone,ranks,crowd,pool,profile,peft]
+    python tests/benchmarks/bench_engine.py [--shape 8b|1b] [--only steps,…] [--against peft]
 
 Random weights of the true shape, bf16, adapters of `--rank` on `--modules`, all resident unless said otherwise. The
 last line of the output is a JSON object with machine, versions and figures; times are in milliseconds. The byte floor
@@ -71,7 +71,7 @@ def main() -> None:
         figures["graphs"] = {"count": len(graphs), "seconds": round(graphs.seconds, 1), "bytes": graphs.num_bytes}
         print(f"graphs: {figures['graphs']}", flush=True)
     try:
-        for part in arguments.only.split(","):
+        for part in [*arguments.only.split(","), *arguments.against]:
             adapters = rig.load_adapters([arguments.rank] * resident, modules)  # those that a part before has evicted
             mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
             if part == "steps":
@@ -92,7 +92,7 @@ def main() -> None:
             elif part == "peft":
                 figures["peft"] = peft_figures(arguments.shape, arguments.rank, modules, arguments.layers)
             else:
-                raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd, pool, profile or peft")
+                raise SystemExit(f"--only {part}: say steps, prefill, alone, ranks, crowd, pool or profile")
     finally:  # what was measured before an interruption is not lost
         document = {"benchmark": "engine", "shape": arguments.shape, **describe_machine(), **figures}
         print(json.dumps(document))
@@ -220,7 +220,12 @@ def _arguments() -> argparse.Namespace:
         "--batches", type=lambda text: [int(b) for b in text.split(",")], default=[1, 8, 32, 64, 128, 256]
     )
     parser.add_argument("--crowd-sequences", type=int, default=512, help="--max-batch-sequences of the crowd")
-    parser.add_argument("--only", default="steps,prefill,alone,ranks,crowd")
+    parser.add_argument(
+        "--only",
+        default="steps,prefill,alone,ranks,crowd",
+        help="parts by commas: steps, prefill, alone, ranks, crowd, pool, profile",
+    )
+    parser.add_argument("--against", choices=("peft",), action="append", default=[], help="run it beside, on the GPU")
     return parser.parse_args()
 
 
