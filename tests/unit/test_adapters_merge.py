@@ -245,6 +245,8 @@ def _save_with_much_more(source: Path, destination: Path, num_bytes: int) -> Non
         ("llama", {"targets": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}),
         ("phi3", {"targets": ["qkv_proj", "lm_head"], "use_dora": True}),
         ("qwen2", {"targets": ["q_proj"], "use_dora": True, "bias": "all"}),
+        ("llama", {"targets": ["q_proj"], "trainable_token_indices": [65, 3, 69]}),
+        ("qwen2", {"targets": ["q_proj"], "trainable_token_indices": [65, 66]}),
     ],
 )
 def test_what_an_adapter_has_beside_lora_is_merged_too(

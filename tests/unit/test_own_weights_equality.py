@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "own-norms": {"targets": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
     "own-ends": {"targets": ["v_proj"], "modules_to_save": ["lm_head"]},
     "own-tables": {"targets": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"targets": ["q_proj"], "trainable_token_indices": [10, 5, 66]},
     "whole-layers": {"targets": ["q_proj"], "modules_to_save": ["mlp"]},
 }
 NEW_TOKENS = 12

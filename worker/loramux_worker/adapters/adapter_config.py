@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ _OUTPUT_HEADS = ("lm_head", "embed_out")  # PEFT's all-linear leaves the output 
 
 # Fields that change what the adapter computes, in a way that is not served (yet).
 _REFUSED = {
-    "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias on lora_B",
     "fan_in_fan_out": "weights stored as (fan_in, fan_out)",
     "layer_replication": "replicated layers",
@@ -73,6 +73,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
@@ -97,6 +98,12 @@ class AdapterConfig:
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
+    trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the end of a module's name
+
+    def trained_tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens whose vectors PEFT trains one by one in an embedding; "" stands for the model's own."""
+        ends = (end for end in self.trained_tokens if module == end or module.endswith(f".{end}") or not end)
+        return next((self.trained_tokens[end] for end in ends), ())
 
     def saves(self, parameter: str) -> bool:
         """Whether a parameter is of a module that PEFT trains as a whole, or of a part of one."""
@@ -164,6 +171,7 @@ def read_config(folder: Path) -> AdapterConfig:
         use_dora=_flag(fields, "use_dora"),
         modules_to_save=_strings(fields, "modules_to_save"),
         bias=_bias(fields),
+        trained_tokens=_trained_tokens(fields),
     )
     if not config.target_modules:
         raise AdapterInvalid(f"{CONFIG_FILE}: target_modules is missing or empty")
@@ -232,6 +240,18 @@ def _bias(fields: dict[str, Any]) -> str:
     if value is not None and value not in _BIASES:
         raise _wrong("bias", value, f"one of {', '.join(_BIASES)}")
     return value or "none"
+
+
+def _trained_tokens(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    name = "trainable_token_indices"
+    value = fields.get(name)
+    by_module = value if type(value) is dict else {"": value} if value else {}
+    for token_ids in by_module.values():
+        if type(token_ids) is not list or not all(type(i) is int and i >= 0 for i in token_ids):
+            raise _wrong(name, value, "a list of token ids, or one for each embedding")
+        if len(set(token_ids)) < len(token_ids):
+            raise _wrong(name, value, "free of repetitions")
+    return {module: tuple(token_ids) for module, token_ids in by_module.items()}
 
 
 def _mapping(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -43,14 +43,18 @@ class ModuleLayout:
 MAGNITUDE = "lora_magnitude_vector"
 """The name that DoRA's magnitudes of a module go by."""
 
+TRAINED_TOKENS = "trainable_tokens_delta"
+"""The name that an embedding's vectors of single tokens go by."""
+
 
 @dataclass(frozen=True, slots=True)
 class OwnTensor:
-    """A tensor that stands in place of a parameter of the model's, or the magnitudes of a module."""
+    """A tensor that stands in place of a parameter of the model's or of some rows of one, or a module's magnitudes."""
 
     module: str  # as in `named_modules()`
-    parameter: str  # of the module, or `MAGNITUDE`
+    parameter: str  # of the module, or `MAGNITUDE`, or `TRAINED_TOKENS`
     shape: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()  # of the rows of `TRAINED_TOKENS`
     offset: int = 0
 
     def view(self, run: Tensor) -> Tensor:

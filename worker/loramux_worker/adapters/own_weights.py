@@ -1,16 +1,24 @@
-"""What an adapter has beside A and B: parameters in place of the model's, and the magnitudes of DoRA."""
+"""What an adapter has beside A and B: parameters in place of the model's, DoRA's magnitudes, vectors of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loramux_worker.adapters.layout import MAGNITUDE, OwnTensor
+from loramux_worker.adapters.layout import MAGNITUDE, TRAINED_TOKENS, OwnTensor
 
 _ROWS_AT_ONCE = 1024
 _NOTHING: Mapping[str, Tensor] = {}
+
+
+class TrainedTokens(NamedTuple):
+    """Vectors [n, dim] that stand in an embedding in place of those of `token_ids`, int64 [n]."""
+
+    token_ids: Tensor
+    vectors: Tensor
 
 
 class OwnWeights:
@@ -20,15 +28,23 @@ class OwnWeights:
         self._parameters: dict[str, dict[str, Tensor]] = {}
         self._magnitudes: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
+        self._tokens: dict[str, TrainedTokens] = {}
         for tensor in tensors:
             if tensor.parameter == MAGNITUDE:
                 self._magnitudes[tensor.module] = tensor.view(run)
+            elif tensor.parameter == TRAINED_TOKENS:
+                token_ids = torch.tensor(tensor.token_ids, device=run.device)
+                self._tokens[tensor.module] = TrainedTokens(token_ids, tensor.view(run))
             else:
                 self._parameters.setdefault(tensor.module, {})[tensor.parameter] = tensor.view(run)
 
     def parameters(self, module: str) -> Mapping[str, Tensor]:
         """By their names in the module, the parameters that stand in place of the model's."""
         return self._parameters.get(module, _NOTHING)
+
+    def trained_tokens(self, module: str) -> TrainedTokens | None:
+        """The single vectors of an embedding, which a head that is tied to it has too."""
+        return self._tokens.get(module)
 
     def scale(self, module: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
         """What DoRA multiplies the outputs of a module with, bias aside: [out_features]; None where there is no DoRA.

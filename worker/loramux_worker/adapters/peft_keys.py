@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from loramux_worker.adapters.adapter_config import AdapterConfig
 from loramux_worker.adapters.base_weights import BaseWeights
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
-from loramux_worker.adapters.layout import MAGNITUDE, OwnTensor
+from loramux_worker.adapters.layout import MAGNITUDE, TRAINED_TOKENS, OwnTensor
 from loramux_worker.adapters.name_patterns import PatternMatcher
 from loramux_worker.adapters.safetensors_file import TensorEntry
 from loramux_worker.adapters.targets import TargetKind, TargetModule
@@ -20,6 +20,7 @@ _PARTS = {
     ".lora_embedding_A": ("A", TargetKind.EMBEDDING),
     ".lora_embedding_B": ("B", TargetKind.EMBEDDING),
     f".{MAGNITUDE}": (MAGNITUDE, TargetKind.LINEAR),
+    f".token_adapter.{TRAINED_TOKENS}": (TRAINED_TOKENS, TargetKind.EMBEDDING),
 }
 _OPTIONAL = (".weight", ".default")  # what may follow; PEFT's habits have changed
 
@@ -70,8 +71,7 @@ def sort_keys(
             raise AdapterInvalid(f"{quoted(key)} does not fit {quoted(module)}, of kind {targets[target].kind}")
         parts = found.parts.setdefault(target, {})
         if part in parts:
-            what = part if part == MAGNITUDE else f"lora_{part}"
-            raise AdapterInvalid(f"{what} of {quoted(module)} is there twice")
+            raise AdapterInvalid(f"{_name(part)} of {quoted(module)} is there twice")
         parts[part] = entry
     return found
 
@@ -131,8 +131,10 @@ def match_to_config(
     own = []
     for i, target in enumerate(targets):
         is_target = config.is_target(target, matcher)
-        parts = found.parts.get(i)
-        if parts is None:
+        parts = dict(found.parts.get(i, {}))
+        if (tokens := _take_trained_tokens(target, config, parts, is_target=is_target)) is not None:
+            own.append(tokens)
+        if not parts:
             if is_target and f"{target.name}.weight" not in found.own:
                 raise AdapterInvalid(f"{quoted(target.name)} is a target module of the config and has no weights")
             continue
@@ -145,6 +147,8 @@ def match_to_config(
             own.append((OwnTensor(target.name, MAGNITUDE, (target.out_features,)), parts[MAGNITUDE]))
     if not sources:
         raise AdapterInvalid("its target_modules are none of this model's")
+    if config.trained_tokens and not any(tensor.parameter == TRAINED_TOKENS for tensor, _ in own):
+        raise AdapterInvalid("trainable_token_indices is for another module than the model's embedding")
     saved = [parameter for parameter in parameters if config.saves(parameter)]
     if config.modules_to_save and not saved:
         raise AdapterInvalid(f"modules_to_save names none of this model's: {quoted(list(config.modules_to_save))}")
@@ -155,6 +159,28 @@ def match_to_config(
         module, _, name = parameter.rpartition(".")
         own.append((OwnTensor(module, name, entry.shape), entry))
     return sources, own
+
+
+def _take_trained_tokens(
+    target: TargetModule, config: AdapterConfig, parts: dict[str, TensorEntry], *, is_target: bool
+) -> tuple[OwnTensor, TensorEntry] | None:
+    token_ids = config.trained_tokens_of(target.name) if target.kind is TargetKind.EMBEDDING else ()
+    if not token_ids:
+        return None
+    if is_target:
+        raise AdapterInvalid(f"{quoted(target.name)} has both LoRA and trained tokens")
+    if max(token_ids) >= target.in_features:
+        raise AdapterInvalid(f"trainable_token_indices has {max(token_ids)}, the model {target.in_features} tokens")
+    entry, shape = parts.pop(TRAINED_TOKENS, None), (len(token_ids), target.out_features)
+    if entry is None:
+        raise AdapterInvalid(f"{TRAINED_TOKENS} of {quoted(target.name)} is missing")
+    if entry.shape != shape:
+        raise AdapterInvalid(f"{quoted(entry.name)} has shape {list(entry.shape)}, config and model say {list(shape)}")
+    return OwnTensor(target.name, TRAINED_TOKENS, shape, token_ids), entry
+
+
+def _name(part: str) -> str:
+    return f"lora_{part}" if len(part) == 1 else part
 
 
 def _source(
@@ -174,14 +200,13 @@ def _source(
             raise AdapterInvalid(f"DoRA on the embedding {quoted(target.name)} is not served")
         shapes[MAGNITUDE] = (target.out_features,)
     for part, shape in shapes.items():
-        what = part if part == MAGNITUDE else f"lora_{part}"
         if part not in parts:
-            raise AdapterInvalid(f"{what} of {quoted(target.name)} is missing")
+            raise AdapterInvalid(f"{_name(part)} of {quoted(target.name)} is missing")
         if parts[part].shape != shape:
             raise AdapterInvalid(
                 f"{quoted(parts[part].name)} has shape {quoted(list(parts[part].shape))}, config and model say "
                 f"{list(shape)}"
             )
     if extra := parts.keys() - shapes.keys():
-        raise AdapterInvalid(f"{extra.pop()} of {quoted(target.name)} is left over: use_dora is not set")
+        raise AdapterInvalid(f"{extra.pop()} of {quoted(target.name)} is left over: the config does not ask for it")
     return Source(index, parts["A"], parts["B"], config.scaling_of(target.name, rank, matcher))

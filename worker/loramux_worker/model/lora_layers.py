@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 from loramux_worker.model.context import OwnRun, StepContext, StepLora
-from loramux_worker.model.own_layers import replace_linear_, scale_linear_
+from loramux_worker.model.own_layers import own_vectors, replace_linear_, replace_tied_tokens_, scale_linear_
 
 
 class LoraLinear(nn.Linear):
@@ -49,6 +49,17 @@ class LoraLinear(nn.Linear):
 class LoraHead(LoraLinear):
     """The output head: it sees only the rows whose logits are asked for."""
 
+    tied_to: str | None = None  # the embedding whose table it shares
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """x [..., in_features] → [..., vocabulary]."""
+        out = super().forward(input)
+        if self.tied_to is not None:
+            for run in self.own():
+                rows, x = out.view(-1, self.out_features), input.reshape(-1, self.in_features)
+                replace_tied_tokens_(rows, x, self.tied_to, run)
+        return out
+
     def lora(self) -> StepLora | None:
         """The adapters of the rows whose logits are asked for."""
         batch = self.context.batch
@@ -85,8 +96,8 @@ class LoraEmbedding(nn.Module):
             return out
         ids, rows = input_ids.view(-1), out.view(-1, out.shape[-1])
         for run in batch.own:
-            if (weight := run.own.parameters(self.name).get("weight")) is not None:
-                vectors = F.embedding(ids[run.start : run.end], weight)
+            vectors = own_vectors(ids[run.start : run.end], self.weight, self.name, run)
+            if vectors is not None:
                 rows[run.start : run.end] = vectors if self.scale is None else vectors * self.scale.to(vectors.dtype)
         if batch.lora_embedding:
             for start, end, a, b in batch.lora_embedding:
@@ -104,7 +115,8 @@ def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModul
     head = model.get_output_embeddings()  # type: ignore[operator]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     targets: list[TargetModule] = []
-    for name, module in list(model.named_modules()):
+    named = list(model.named_modules())
+    for name, module in named:
         if type(module) is nn.Linear:
             layer = LoraHead if module is head else LoraLinear
             replacement: nn.Module = layer(module, name, len(targets), context)
@@ -115,6 +127,8 @@ def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModul
         else:
             continue
         targets.append(TargetModule(name, kind, *shape))
+        if isinstance(replacement, LoraHead) and module.weight is embedding.weight:
+            replacement.tied_to = next(other for other, each in named if each is embedding)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return tuple(targets)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from loramux_worker.adapters.layout import MAGNITUDE
+from loramux_worker.adapters.layout import MAGNITUDE, TRAINED_TOKENS
 from loramux_worker.adapters.peft_format import AdapterWeights, ModuleWeights
 from loramux_worker.adapters.targets import TargetKind
 from loramux_worker.errors import ConfigurationError
@@ -137,6 +137,9 @@ def _changes(skeleton: ModelSkeleton, adapter: AdapterWeights) -> Mapping[str, C
     for tensor, values in adapter.own:
         if tensor.parameter == MAGNITUDE:
             continue
+        if tensor.parameter == TRAINED_TOKENS:  # a tied head has them too, for PEFT as well
+            changes[skeleton.tensor_of(f"{tensor.module}.weight").name] = _tokens(tensor.token_ids, values)
+            continue
         if skeleton.is_tied and tensor.module in edges:
             raise _ties(tensor.module)
         changes[skeleton.tensor_of(f"{tensor.module}.{tensor.parameter}").name] = _own(values)
@@ -161,6 +164,17 @@ def _sum(module: ModuleWeights, kind: TargetKind, magnitude: Tensor | None) -> C
             return rows
         norms: Tensor = torch.linalg.norm(rows, dim=1)
         return rows * (magnitude[first:end] / norms)[:, None]
+
+    return change
+
+
+def _tokens(token_ids: tuple[int, ...], vectors: Tensor) -> Change:
+    def change(rows: Tensor, first: int) -> Tensor:
+        changed = rows.clone()
+        for token_id, vector in zip(token_ids, vectors, strict=True):
+            if first <= token_id < first + rows.shape[0]:
+                changed[token_id - first] = vector
+        return changed
 
     return change
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,24 @@ def replace_linear_(out: Tensor, x: Tensor, layer: LoraLinear, run: OwnRun) -> N
     if own := run.own.parameters(layer.name):
         weight, bias = own.get("weight", layer.weight), own.get("bias", layer.bias)
         out[run.start : run.end] = F.linear(x[run.start : run.end], weight, bias)
+
+
+def replace_tied_tokens_(out: Tensor, x: Tensor, embedding: str, run: OwnRun) -> None:
+    """The logits of tokens whose vectors in the tied embedding are the adapter's."""
+    if (trained := run.own.trained_tokens(embedding)) is not None:
+        out[run.start : run.end].index_copy_(1, trained.token_ids, x[run.start : run.end] @ trained.vectors.t())
+
+
+def own_vectors(ids: Tensor, weight: Tensor, name: str, run: OwnRun) -> Tensor | None:
+    """What the embedding gives for a run's ids [n], unscaled, where its adapter has vectors of its own; else None."""
+    own, trained = run.own.parameters(name).get("weight"), run.own.trained_tokens(name)
+    if own is None and trained is None:
+        return None
+    vectors = F.embedding(ids, weight if own is None else own)
+    if trained is None:
+        return vectors
+    is_trained = ids[:, None] == trained.token_ids
+    return torch.where(is_trained.any(1, keepdim=True), trained.vectors[is_trained.int().argmax(1)], vectors)
 
 
 def scale_linear_(out: Tensor, layer: LoraLinear, run: OwnRun) -> None:
