@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from loramux_worker.adapters.layout import TRAINED_TOKENS, OwnTensor
+from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters, Submit
 from tiny_models import TinyModel, make_model, save_adapter, save_trained_adapter
 from unit.engine_support import Recorder
@@ -19,7 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bias-lora-only": {"targets": ["q_proj", "v_proj"], "bias": "lora_only"},
     "bias-all": {"targets": ["q_proj", "o_proj"], "bias": "all"},
     "dora-bias": {"targets": ["q_proj", "k_proj"], "use_dora": True, "bias": "all"},
-    "own-norms": {"targets": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+    "own-norms": {"targets": ["q_proj"], "modules_to_save": ["model.norm", "layernorm"]},
     "own-ends": {"targets": ["v_proj"], "modules_to_save": ["lm_head"]},
     "own-tables": {"targets": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     "tokens": {"targets": ["q_proj"], "trainable_token_indices": [10, 5, 66]},
@@ -71,3 +74,21 @@ def test_what_a_dora_lacks_is_named(model: TinyModel, tmp_path: Path) -> None:
     recorder = Recorder(model, "cpu")
     recorder.run([Submit(1, [5, 6], SamplingParameters(2), AdapterReference("plain", "r", str(tmp_path / "plain")))])
     assert "lora_magnitude_vector of" in recorder.failures[1].message
+
+
+def test_what_lies_along_an_unknown_axis_is_refused(tmp_path: Path) -> None:
+    made = make_model(tmp_path, "qwen3", num_adapters=0)
+    save_trained_adapter(made.path, tmp_path / "own", ["q_proj"], modules_to_save=["q_norm"])
+    recorder = Recorder(made, "cpu")
+    recorder.run([Submit(1, [5, 6], SamplingParameters(2), AdapterReference("own", "r", str(tmp_path / "own")))])
+    assert recorder.failures[1].code == "adapter_invalid"
+    assert "its own 'model.layers.0.self_attn.q_norm.weight'" in recorder.failures[1].message
+
+
+def test_trained_tokens_of_equal_and_missing_ids() -> None:
+    tensors = (OwnTensor("e", TRAINED_TOKENS, (3, 2), (7, 0, 4)),)
+    run = torch.tensor([7.0, 7, 0.5, 0.5, 4, 4])
+    trained = OwnWeights(tensors, run, {}).trained_tokens("e")
+    assert trained is not None
+    found = trained.look_up(torch.tensor([4, 1, 7, 0, 9, 4]), torch.full((6, 2), -1.0))
+    assert found[:, 0].tolist() == [4, -1, 7, 0.5, -1, 4]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from loramux_worker.adapters.targets import TargetModule
+
 PIECE_ELEMENTS = 1 << 24
 """How many elements are compared at a time: bounds the memory that a comparison takes."""
 
@@ -67,6 +69,22 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of a served model's parameters, by the names that they have in Hugging Face's."""
     named = model.named_parameters(remove_duplicate=False)
     return {name.replace(".base.", "."): tuple(parameter.shape) for name, parameter in named}
+
+
+def replaceable_parameters(model: nn.Module, targets: Iterable[TargetModule]) -> frozenset[str]:
+    """The parameters in whose place the rows of an adapter may have its own.
+
+    Those of linear layers, of the embedding, and of layers with nothing but vectors of the hidden size, which are
+    norms over [1, rows, hidden]. Of other layers it is not known along which axis the rows lie.
+    """
+    names = {target.name for target in targets}
+    hidden = (model.get_input_embeddings().weight.shape[1],)  # type: ignore[operator]
+    vectors = {
+        name
+        for name, module in model.named_modules()
+        if module._parameters and all(p is None or tuple(p.shape) == hidden for p in module._parameters.values())
+    }
+    return frozenset(name for name in parameter_shapes(model) if name.rpartition(".")[0] in names | vectors)
 
 
 def _pieces(parameter: Tensor) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import KeysView
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class _Resident:
     idle: _Moment | None = None  # since when nothing that is enqueued reads it
     tiles: list[Tile | None] | None = None  # made when asked for, void after a move
     own: OwnWeights | None = None  # likewise
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 class AdapterPool:
@@ -130,7 +131,7 @@ class AdapterPool:
         assert resident is not None, f"slot {slot} is free"
         if resident.own is None and resident.layout.own:
             run = self.elements[resident.offset :][: resident.layout.num_elements]
-            resident.own = OwnWeights(resident.layout.own, run)
+            resident.own = OwnWeights(resident.layout.own, run, resident.scales)
         return resident.own
 
     def find(self, key: AdapterKey) -> int | None:

@@ -15,26 +15,41 @@ _NOTHING: Mapping[str, Tensor] = {}
 
 
 class TrainedTokens(NamedTuple):
-    """Vectors [n, dim] that stand in an embedding in place of those of `token_ids`, int64 [n]."""
+    """Vectors [n, dim] that stand in an embedding in place of those of `token_ids`, int64 [n], in their order.
+
+    `ascending` has the ids in rising order, int64 [n], and `order` which vector belongs to each.
+    """
 
     token_ids: Tensor
     vectors: Tensor
+    ascending: Tensor
+    order: Tensor
+
+    def look_up(self, ids: Tensor, vectors: Tensor) -> Tensor:
+        """`vectors` [rows, dim] of `ids` [rows], with these in place of those of the trained tokens."""
+        places = torch.searchsorted(self.ascending, ids).clamp_(max=len(self.ascending) - 1)
+        is_trained = self.ascending[places] == ids
+        return torch.where(is_trained[:, None], self.vectors[self.order[places]], vectors)
 
 
 class OwnWeights:
-    """Views of one adapter's tensors, by module. Valid as long as the adapter lies where it does."""
+    """Views of one adapter's tensors, by module. Valid as long as the adapter lies where it does.
 
-    def __init__(self, tensors: tuple[OwnTensor, ...], run: Tensor) -> None:
+    `scales`, which outlive that, has DoRA's scales that were computed.
+    """
+
+    def __init__(self, tensors: tuple[OwnTensor, ...], run: Tensor, scales: dict[str, Tensor]) -> None:
         self._parameters: dict[str, dict[str, Tensor]] = {}
         self._magnitudes: dict[str, Tensor] = {}
-        self._scales: dict[str, Tensor] = {}
+        self._scales = scales
         self._tokens: dict[str, TrainedTokens] = {}
         for tensor in tensors:
             if tensor.parameter == MAGNITUDE:
                 self._magnitudes[tensor.module] = tensor.view(run)
             elif tensor.parameter == TRAINED_TOKENS:
                 token_ids = torch.tensor(tensor.token_ids, device=run.device)
-                self._tokens[tensor.module] = TrainedTokens(token_ids, tensor.view(run))
+                ascending, order = token_ids.sort()
+                self._tokens[tensor.module] = TrainedTokens(token_ids, tensor.view(run), ascending, order)
             else:
                 self._parameters.setdefault(tensor.module, {})[tensor.parameter] = tensor.view(run)
 

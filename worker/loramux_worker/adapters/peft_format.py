@@ -25,7 +25,7 @@ from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout, OwnTensor
 from loramux_worker.adapters.peft_keys import match_to_config, sort_keys
-from loramux_worker.adapters.safetensors_file import TensorFile, consecutive
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile, consecutive
 from loramux_worker.adapters.targets import TargetModule
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ class AdapterLimits:
     `max_rank` of any one module; weights are cast to `dtype`. `base_model_name` is the served model's hub id, None
     to check no name (see `base_model_name.py` for what counts as another model). `base_weights` recognises copies of
     the base model's embedding and head; without it an adapter that brings such copies is refused. `parameters` are
-    the shapes of all of the model's, by name: an adapter may bring its own in their place.
+    the shapes of all of the model's, by name, and an adapter may bring its own in place of the `replaceable` ones.
     """
 
     max_rank: int
@@ -48,6 +48,7 @@ class AdapterLimits:
     base_model_name: str | None = None
     base_weights: BaseWeights | None = None
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    replaceable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +96,9 @@ class AdapterFiles:
         self._file = TensorFile(folder, WEIGHTS_FILE)
         try:
             found = sort_keys(self._file.entries, targets, config, limits.base_weights, limits.parameters)
-            self._sources, self._own = match_to_config(found, config, targets, limits.max_rank, limits.parameters)
+            self._sources, self._own = match_to_config(
+                found, config, targets, limits.max_rank, limits.parameters, limits.replaceable
+            )
             self._copies = found.copies
         except BaseException:
             self._file.close()
@@ -128,7 +131,7 @@ class AdapterFiles:
             places[source.a.name] = place.a(run), None
             places[source.b.name] = place.b(run), source.scaling
         for (_, entry), tensor in zip(self._own, self.layout.own, strict=True):
-            places[entry.name] = tensor.view(run), None
+            self._read_whole(entry, tensor.view(run).view(-1))
         entries = sorted((self._file.entries[name] for name in places), key=lambda entry: entry.offset)
         pieces = list(consecutive(entries, _PIECE_BYTES))
         scratch = allocate(max(end - start for start, end, _ in pieces), torch.uint8, pin=False)
@@ -137,6 +140,13 @@ class AdapterFiles:
             _place_tensors([(e.view(scratch, start), *places[e.name]) for e in piece])
         if not _is_finite(run):
             self._name_what_is_not_finite(run)
+
+    def _read_whole(self, entry: TensorEntry, place: Tensor) -> None:
+        """A tensor that may be as large as a head, some of it at a time."""
+        done = 0
+        for values in self._file.read_pieces(entry, PIECE_ELEMENTS):
+            place[done : done + len(values)].copy_(values)
+            done += len(values)
 
     def _name_what_is_not_finite(self, run: Tensor) -> None:
         dtype = str(run.dtype).removeprefix("torch.")

@@ -97,7 +97,9 @@ def _sort_parameter(
 ) -> None:
     """A tensor that is named as a parameter of the model: one of its own, or a copy (`save_embedding_layers`)."""
     parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-    is_own = config.saves(parameter) or config.trains_bias(parameter, is_target=".base_layer." in name)
+    is_own = parameter in parameters and (  # a name that is known is also a short one
+        config.saves(parameter) or config.trains_bias(parameter, is_target=".base_layer." in name)
+    )
     shape = parameters.get(parameter)
     if not is_own:
         shape = None if base_weights is None else base_weights.shape(parameter)
@@ -120,6 +122,7 @@ def match_to_config(
     targets: Sequence[TargetModule],
     max_rank: int,
     parameters: Mapping[str, tuple[int, ...]],
+    replaceable: frozenset[str],
 ) -> tuple[list[Source], list[tuple[OwnTensor, TensorEntry]]]:
     """Check every module's weights against config and model; the sources in target order, and what is not LoRA.
 
@@ -147,6 +150,8 @@ def match_to_config(
             own.append((OwnTensor(target.name, MAGNITUDE, (target.out_features,)), parts[MAGNITUDE]))
     if not sources:
         raise AdapterInvalid("its target_modules are none of this model's")
+    if len(config.trained_tokens) > 1:
+        raise AdapterInvalid("trainable_token_indices is for several modules: the embedding's are served")
     if config.trained_tokens and not any(tensor.parameter == TRAINED_TOKENS for tensor, _ in own):
         raise AdapterInvalid("trainable_token_indices is for another module than the model's embedding")
     saved = [parameter for parameter in parameters if config.saves(parameter)]
@@ -156,6 +161,11 @@ def match_to_config(
         if parameter not in found.own:
             raise AdapterInvalid(f"{quoted(parameter)} is among modules_to_save and has no weights")
     for parameter, entry in found.own.items():
+        if parameter not in replaceable:
+            raise AdapterInvalid(
+                f"it brings its own {quoted(parameter)}, which is of no linear layer, embedding or norm over the "
+                "hidden size: not served"
+            )
         module, _, name = parameter.rpartition(".")
         own.append((OwnTensor(module, name, entry.shape), entry))
     return sources, own

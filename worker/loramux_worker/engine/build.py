@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_worker.adapters.base_weights import BaseWeights, parameter_shapes
+from loramux_worker.adapters.base_weights import BaseWeights, parameter_shapes, replaceable_parameters
 from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import HostTier
 from loramux_worker.adapters.peft_format import AdapterLimits
@@ -113,6 +113,7 @@ def assemble(
             base_model_name=config.model_name or model.name,
             base_weights=BaseWeights.of_model(model.module),
             parameters=parameter_shapes(model.module),
+            replaceable=replaceable_parameters(model.module, model.targets),
         ),
         pin=on_gpu,
         max_loads=min(8, max(4, (os.cpu_count() or 1) // 4)),  # more wait for one another's memory

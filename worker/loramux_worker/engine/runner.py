@@ -175,7 +175,7 @@ class Runner:
         batch = self._static_batch(inputs, lora=False, rows=rows)
         if not plan.has_adapters:
             return batch
-        if self._model.runs_kernels and not form.own:
+        if self._model.runs_kernels:
             batch = replace(batch, lora=PooledLora(self._weights, inputs.lora_rows()))
             if not form.edges:
                 return batch

@@ -33,12 +33,16 @@ class LoraLinear(nn.Linear):
         batch = self.context.batch
         return () if batch is None else batch.own
 
+    def replace_(self, rows: Tensor, x: Tensor, run: OwnRun) -> None:
+        """Compute a run's rows again with what its adapter has in place of this layer's parameters."""
+        replace_linear_(rows, x, self, run)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """x [..., in_features] → [..., out_features]; the leading axes are the rows of the packed batch."""
         out = F.linear(input, self.weight, self.bias)
         rows, x, own = out.view(-1, self.out_features), input.reshape(-1, self.in_features), self.own()
         for run in own:
-            replace_linear_(rows, x, self, run)
+            self.replace_(rows, x, run)
         if (lora := self.lora()) is not None:
             lora.add_(rows, x, self.target)
         for run in own:
@@ -51,14 +55,11 @@ class LoraHead(LoraLinear):
 
     tied_to: str | None = None  # the embedding whose table it shares
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """x [..., in_features] → [..., vocabulary]."""
-        out = super().forward(input)
+    def replace_(self, rows: Tensor, x: Tensor, run: OwnRun) -> None:
+        """Tokens whose vectors in the tied embedding are the adapter's have them here too."""
+        super().replace_(rows, x, run)
         if self.tied_to is not None:
-            for run in self.own():
-                rows, x = out.view(-1, self.out_features), input.reshape(-1, self.in_features)
-                replace_tied_tokens_(rows, x, self.tied_to, run)
-        return out
+            replace_tied_tokens_(rows, x, self, self.tied_to, run)
 
     def lora(self) -> StepLora | None:
         """The adapters of the rows whose logits are asked for."""

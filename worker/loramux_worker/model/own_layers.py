@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,10 +23,12 @@ def replace_linear_(out: Tensor, x: Tensor, layer: LoraLinear, run: OwnRun) -> N
         out[run.start : run.end] = F.linear(x[run.start : run.end], weight, bias)
 
 
-def replace_tied_tokens_(out: Tensor, x: Tensor, embedding: str, run: OwnRun) -> None:
+def replace_tied_tokens_(out: Tensor, x: Tensor, layer: LoraLinear, embedding: str, run: OwnRun) -> None:
     """The logits of tokens whose vectors in the tied embedding are the adapter's."""
     if (trained := run.own.trained_tokens(embedding)) is not None:
-        out[run.start : run.end].index_copy_(1, trained.token_ids, x[run.start : run.end] @ trained.vectors.t())
+        bias = run.own.parameters(layer.name).get("bias", layer.bias)
+        logits = F.linear(x[run.start : run.end], trained.vectors, None if bias is None else bias[trained.token_ids])
+        out[run.start : run.end].index_copy_(1, trained.token_ids, logits)
 
 
 def own_vectors(ids: Tensor, weight: Tensor, name: str, run: OwnRun) -> Tensor | None:
@@ -36,10 +37,7 @@ def own_vectors(ids: Tensor, weight: Tensor, name: str, run: OwnRun) -> Tensor |
     if own is None and trained is None:
         return None
     vectors = F.embedding(ids, weight if own is None else own)
-    if trained is None:
-        return vectors
-    is_trained = ids[:, None] == trained.token_ids
-    return torch.where(is_trained.any(1, keepdim=True), trained.vectors[is_trained.int().argmax(1)], vectors)
+    return vectors if trained is None else trained.look_up(ids, vectors)
 
 
 def scale_linear_(out: Tensor, layer: LoraLinear, run: OwnRun) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights, parameter_shapes
+from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights, parameter_shapes, replaceable_parameters
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION
@@ -76,6 +76,11 @@ class ModelSkeleton:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters, by name."""
         return parameter_shapes(self._module)
+
+    @cached_property
+    def replaceable(self) -> frozenset[str]:
+        """The parameters in whose place an adapter may have its own."""
+        return replaceable_parameters(self._module, self.targets)
 
     def _find(self, parameter: str) -> StoredTensor:
         name = self._stored_names.get(parameter)

@@ -95,6 +95,7 @@ def check(
         base_model_name=settings.model_name or skeleton.name,
         base_weights=skeleton.base_weights,
         parameters=skeleton.parameters,
+        replaceable=skeleton.replaceable,
     )
     reports = []
     with byte_progress("") as progress:

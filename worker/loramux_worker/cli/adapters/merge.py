@@ -110,7 +110,8 @@ def _read(local: LocalAdapter, skeleton: ModelSkeleton, model_name: str | None) 
     from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
 
     name = model_name or skeleton.name
-    limits = AdapterLimits(_NO_RANK_LIMIT, torch.float32, name, skeleton.base_weights, skeleton.parameters)
+    own = skeleton.parameters, skeleton.replaceable
+    limits = AdapterLimits(_NO_RANK_LIMIT, torch.float32, name, skeleton.base_weights, *own)
     return read_adapter(local.folder, skeleton.targets, limits)
 
 
