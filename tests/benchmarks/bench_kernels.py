@@ -94,8 +94,6 @@ QUICK = Selection(
     norm_rows=(64,),
 )
 
-_SLOW_SECONDS = 1e-3  # a call so long is measured well enough a few times
-
 Round = tuple[tuple[Tensor, Tensor], Tensor, AttentionBatch]  # keys and values, positions, batch
 
 
@@ -221,9 +219,9 @@ def _store_cases(caches: Caches, step: Sequences) -> Iterator[Case]:
 def time_calls(calls: Sequence[Callable[[], object]], num_bytes: float, median: Callable[..., float]) -> float:
     """Microseconds of one call among many, which a CUDA graph holds as often as it takes to be measured."""
     calls[0]()
-    slow = median(calls[0]) > _SLOW_SECONDS
     repeats = max(1, min(-int(-ENOUGH_BYTES // (num_bytes * len(calls))), -(-ENOUGH_CALLS // len(calls))))
-    repeats = 1 if slow else repeats
+    if median(calls[0]) > 1e-3:  # so long a call is measured well enough a few times
+        repeats = 1
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
