@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from loramux_worker.adapters.invalid import AdapterInvalid
-from loramux_worker.adapters.safetensors_file import TensorFile
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
 
 NAME = "adapter_model.safetensors"
+
+
+def read(file: TensorFile, entry: TensorEntry) -> torch.Tensor:
+    return file.read_into(torch.empty(entry.shape, dtype=entry.dtype), entry)
 
 
 def raw(header: object, data: bytes, length: int | None = None) -> bytes:
@@ -82,7 +86,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with TensorFile(tmp_path, NAME) as file:
         os.truncate(tmp_path / NAME, 100_000)
         with pytest.raises(AdapterInvalid, match="became shorter"):
-            file.read(file.entries["a"])
+            read(file, file.entries["a"])
 
 
 def test_our_reader_reads_what_safetensors_writes(tmp_path: Path) -> None:
@@ -91,5 +95,5 @@ def test_our_reader_reads_what_safetensors_writes(tmp_path: Path) -> None:
     with TensorFile(tmp_path, NAME) as file:
         assert file.entries.keys() == tensors.keys()
         for name, entry in file.entries.items():
-            assert torch.equal(file.read(entry), tensors[name])
+            assert torch.equal(read(file, entry), tensors[name])
             assert torch.equal(torch.cat(list(file.read_pieces(entry, 4))), tensors[name].flatten())

@@ -103,15 +103,11 @@ class TensorFile:
         """Close the file; nothing can be read afterwards."""
         self._file.close()
 
-    def read(self, entry: TensorEntry) -> Tensor:
-        """The tensor, in the file's dtype, on the CPU."""
-        values = allocate(entry.num_elements, entry.dtype, pin=False)  # malloc would keep some of it for ever
-        return self.read_into(values, entry).view(entry.shape)
-
     def read_pieces(self, entry: TensorEntry, max_elements: int) -> Iterator[Tensor]:
         """The tensor's elements in order, at most `max_elements` at a time."""
         for first in range(0, entry.num_elements, max_elements):
-            values = allocate(min(max_elements, entry.num_elements - first), entry.dtype, pin=False)
+            count = min(max_elements, entry.num_elements - first)
+            values = allocate(count, entry.dtype, pin=False)  # malloc would keep some of it for ever
             yield self.read_into(values, entry, first)
 
     def read_into(self, values: Tensor, entry: TensorEntry, first: int = 0) -> Tensor:
