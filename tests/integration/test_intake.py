@@ -17,13 +17,15 @@ from confluent_kafka import TopicPartition as DeletePoint
 from loramux_schemas import KafkaConnection
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka import consumer, intake, producer
+from loramux_worker.kafka.commits import PlainCommits
 from loramux_worker.kafka.delivery import AtLeastOnce
 from loramux_worker.kafka.embedded import EmbeddedBroker
 from loramux_worker.kafka.group_offsets import committed
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.producer import PublisherClosed
-from loramux_worker.kafka.publisher import Publisher, RecordRefused
+from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.topics import ensure_topics
 from services.kafka import KafkaCluster
 from services.process import free_port
@@ -39,7 +41,8 @@ class Worker:
     def __init__(self, kafka: KafkaCluster | EmbeddedBroker, topic: str, **options: Any) -> None:
         self.lost: set[tuple[int, int]] = set()
         options = {"group_id": topic, "commit_interval": 0.1, **options}
-        self.intake = Intake(connection(kafka), topic=topic, on_lost=self.lost.update, **options)
+        commits = PlainCommits(connection(kafka), topic=topic, group_id=options["group_id"])
+        self.intake = Intake(connection(kafka), topic=topic, commits=commits, on_lost=self.lost.update, **options)
 
     async def take(self, count: int) -> list[Record]:
         """Exactly `count` records."""
@@ -538,8 +541,9 @@ async def test_missing_topics_are_created_or_named(kafka: KafkaCluster, kafka_to
 async def test_no_broker_is_an_error_that_names_the_setting() -> None:
     nobody = KafkaConnection(bootstrap_servers=f"127.0.0.1:{free_port()}")
     message = "--bootstrap-servers: no Kafka broker answered at 127.0.0.1:.* within 0.7 s"
+    commits = PlainCommits(nobody, topic="t", group_id="g")
     with pytest.raises(ConfigurationError, match=message):
-        await Intake(nobody, topic="t", group_id="g", on_lost=print, startup_timeout=0.7).start()
+        await Intake(nobody, topic="t", group_id="g", commits=commits, on_lost=print, startup_timeout=0.7).start()
     with pytest.raises(ConfigurationError, match=message):
         await Publisher(nobody, startup_timeout=0.7).start()
     with pytest.raises(ConfigurationError, match=message):

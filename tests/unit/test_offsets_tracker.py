@@ -75,6 +75,19 @@ class TrackerMachine(RuleBasedStateMachine):
         assert not self.tracker.done(offset), "an answer counts once"
         self.answered.add(offset)
 
+    @precondition(lambda self: self.handed_out - self.answered)
+    @rule(data=st.data())
+    def say_beforehand(self, data: st.DataObject) -> None:
+        """What a transaction says is what holds after it."""
+        in_flight = sorted(self.handed_out - self.answered)
+        soon = data.draw(st.sets(st.sampled_from(in_flight), min_size=1))
+        position, above = self.tracker.commit(soon, idle_position=self.position + 3)
+        for offset in soon:
+            assert self.tracker.done(offset)
+        self.answered |= soon
+        after, above_after = self.tracker.commit(idle_position=self.position + 3)
+        assert (position, sorted(above)) == (after, sorted(above_after))
+
     @rule(offset=st.integers(0, 3_000))
     def answer_what_is_not_in_flight(self, offset: int) -> None:
         if offset not in self.handed_out - self.answered:
@@ -84,8 +97,8 @@ class TrackerMachine(RuleBasedStateMachine):
     def restart(self, markers: int) -> None:
         """A new process begins with nothing but what was committed; behind the newest record lie markers."""
         idle = self.position if self.unread() else self.position + markers
-        position = self.tracker.commit_position(idle)
-        metadata = encode(position, self.tracker.answered(position))
+        position, answered = self.tracker.commit(idle_position=idle)
+        metadata = encode(position, answered)
         assert position <= min(self.unanswered(), default=idle)
         self.tracker = OffsetsTracker(position, max_window=self.window, answered=decode(position, metadata))
         self.position = position
@@ -104,12 +117,12 @@ class TrackerMachine(RuleBasedStateMachine):
         assert self.tracker.watermark == min(in_flight, default=self.tracker.next_position)
         below = {offset for offset in self.log if offset < self.tracker.watermark}
         assert below <= self.answered, "the watermark never passes an unanswered request"
-        position = self.tracker.commit_position()
-        above = {offset for offset in self.answered if offset >= position}
-        assert set(self.tracker.answered(position)) == above
+        position, answered = self.tracker.commit()
+        assert position == self.tracker.watermark
+        assert set(answered) == {offset for offset in self.answered if offset >= position}
         if not in_flight:
             assert not self.tracker.is_full
-            assert self.tracker.commit_position(self.position + 7) == self.position + 7
+            assert self.tracker.commit(idle_position=self.position + 7)[0] == self.position + 7
 
 
 TrackerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -147,7 +160,7 @@ def test_offsets_that_the_broker_deleted_are_left_behind() -> None:
     tracker.skip_to(20)
     assert tracker.next_position == 20
     assert tracker.watermark == 0
-    assert list(tracker.answered(0)) == [30]
+    assert tracker.commit() == (0, [30])
     assert tracker.admit(20) is Admission.NO_ROOM
     tracker.done(0)
     assert tracker.admit(20) is Admission.NEW

@@ -23,13 +23,17 @@ from loramux_worker.adapters.store import AdapterStore
 from loramux_worker.answer import Answerer
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.health import HealthServer
+from loramux_worker.kafka.commits import PlainCommits
 from loramux_worker.kafka.delivery import AtLeastOnce, Delivery
+from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
-from loramux_worker.kafka.publisher import Publisher, RecordRefused
+from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.topics import ensure_topics
+from loramux_worker.kafka.transactions import require_transactions
 from loramux_worker.logs import configure_logs
-from loramux_worker.metrics import Metrics, WorkerCollector
+from loramux_worker.metrics import Metrics, TransactionCollector, WorkerCollector
 from loramux_worker.pool import EnginePool
 from loramux_worker.replies import ReplyWriter, Topics
 from loramux_worker.settings import WorkerSettings
@@ -179,6 +183,9 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     await ensure_topics(
         connection, _topics_by_flag(settings), create=settings.create_topics, startup_timeout=settings.startup_timeout
     )
+    topic, group_id = settings.requests_topic, settings.group_id
+    if settings.delivery == "exactly_once":
+        await require_transactions(connection, topic=topic, group_id=group_id, timeout=settings.startup_timeout)
     pool = EnginePool(_engine_configs(settings))
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
@@ -201,18 +208,25 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     answerer = Answerer(
         topics=topics, tokenizers=tokenizers, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
     )
+    exactly_once = None
+    if settings.delivery == "exactly_once":
+        exactly_once = ExactlyOnce(connection, topic=topic, group_id=group_id, publisher=publisher)
     intake = Intake(
         connection,
-        topic=settings.requests_topic,
-        group_id=settings.group_id,
+        topic=topic,
+        group_id=group_id,
+        commits=exactly_once or PlainCommits(connection, topic=topic, group_id=group_id),
         on_lost=lambda lost: front.lose(lost),
         startup_timeout=settings.startup_timeout,
         session_timeout=settings.session_timeout,
     )
-    front = Front(intake, answerer, replies, publisher, AtLeastOnce(publisher, intake), settings.look_ahead)
+    delivery = exactly_once or AtLeastOnce(publisher, intake)
+    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead)
     await intake.start()
     stack.push_async_callback(intake.close)
     metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))
+    if exactly_once is not None:
+        metrics.registry.register(TransactionCollector(exactly_once))
     health = HealthServer(
         settings.http_host,
         settings.http_port,

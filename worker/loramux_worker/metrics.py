@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from loramux_schemas import Timing
 from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.engine.protocol import Stats
+from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.pool import EnginePool
@@ -157,6 +158,20 @@ class WorkerCollector(Collector):
         for (tier, result), count in list(self._catalog.stats.lookups.items()):
             lookups.add_metric([tier, result], count)
         yield from (resident, size, evictions, lookups)
+
+
+class TransactionCollector(Collector):
+    """How the transactions of exactly-once delivery ended."""
+
+    def __init__(self, exactly_once: ExactlyOnce) -> None:
+        self._exactly_once = exactly_once
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter."""
+        family = CounterMetricFamily("loramux_transactions", "Transactions by their outcome.", labels=["outcome"])
+        for outcome, count in self._exactly_once.transactions.items():
+            family.add_metric([outcome], count)
+        yield family
 
 
 def _total(stats: list[Stats], field: str) -> float:

@@ -110,7 +110,11 @@ class WorkerSettings(BaseSettings):
     dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
     create_topics: bool = Field(False, description="create topics that are missing")
     reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")
-    delivery: Literal["at_least_once"] = Field("at_least_once", description="a reply may come twice, never not at all")
+    delivery: Literal["exactly_once", "at_least_once"] = Field(
+        "exactly_once",
+        description="exactly_once: in transactions, seen once by read_committed readers; "
+        "at_least_once: a reply may come twice",
+    )
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field(

@@ -71,6 +71,7 @@ def _worker(bootstrap_servers: str, folder: Path) -> Iterator[tuple[subprocess.P
             "adapter-uri": f"file://{folder / 'adapters'}/{{adapter_id}}",
             "disk-cache": Path(scratch) / "adapters",
             "device": "cpu",
+            "delivery": "at_least_once",  # the embedded broker has no real transactions
             "http-port": 0,
             "log-format": "json",
         }

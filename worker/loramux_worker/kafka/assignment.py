@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,9 +23,9 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 
-from loramux_schemas import KafkaConnection
+from loramux_worker.kafka.commits import Commits
 from loramux_worker.kafka.connecting import RETRY_SECONDS, TROUBLE
-from loramux_worker.kafka.group_offsets import Commit, committed
+from loramux_worker.kafka.group_offsets import Commit
 from loramux_worker.kafka.metadata import decode
 from loramux_worker.kafka.outage import Outage, explain
 from loramux_worker.kafka.tracker import OffsetsTracker
@@ -53,38 +53,32 @@ class Partition:
         """The partition's number in its topic."""
         return int(self.name.partition)
 
+    def confirm(self, commit: Commit) -> None:
+        """This is what is committed now."""
+        self.committed = commit
+        self.unconfirmed.clear()
+
 
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     """Partition number → tracker, and the listener that keeps it right.
 
-    `flush` commits what is done; `on_lost` gets the (partition, epoch) pairs whose sequences have lost their
-    point.
+    `on_lost` gets the (partition, epoch) pairs whose sequences have lost their point.
     """
 
-    def __init__(
-        self,
-        connection: KafkaConnection,
-        *,
-        topic: str,
-        group_id: str,
-        window: int,
-        flush: Callable[[], Awaitable[None]],
-        on_lost: OnLost,
-    ) -> None:
+    def __init__(self, *, topic: str, window: int, commits: Commits, on_lost: OnLost) -> None:
         self.joined = False
         self.failure: str | None = None
         self.outage = Outage("opening partitions")
-        self._connection = connection
         self._topic = topic
-        self._group_id = group_id
         self._window = window
-        self._flush = flush
+        self._commits = commits
         self._on_lost = on_lost
         self._partitions: dict[int, Partition] = {}
         self._epochs = itertools.count(1)
         self._opening: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._consumer: AIOKafkaConsumer | None = None
+        commits.attach(self)
 
     @property
     def consumer(self) -> AIOKafkaConsumer:
@@ -110,6 +104,22 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """The partition if it is still ours in that epoch, open or waiting for the end of a rebalance."""
         partition = self._partitions.get(number)
         return partition if partition is not None and partition.epoch == epoch else None
+
+    def done(self, partition: Partition, offset: int) -> bool:
+        """The request at `offset` is answered; False if it was not in flight."""
+        was_full = partition.tracker.is_full
+        counted = partition.tracker.done(offset)
+        if was_full and not partition.tracker.is_full:
+            self.notify()
+        return counted
+
+    def reopen(self, partition: Partition, after: float) -> None:
+        """Nobody knows what is committed: neither read nor commit the partition until the cluster has said so.
+
+        That is asked `after` so many seconds, unless the group has spoken by then.
+        """
+        partition.is_open = False
+        self._start_opening({partition.number}, after=after)
 
     def begin_again(self, partition: Partition) -> None:
         """The group's commit is of no use: read the partition from its first offset, in a new epoch."""
@@ -138,7 +148,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """A rebalance begins: commit what is done while it is surely ours (heartbeats go on meanwhile)."""
         try:
             await self.close()
-            await self._flush()
+            await self._commits.commit()
         except Exception as error:
             self._fail("on_partitions_revoked", error)
         self._suspend()
@@ -148,25 +158,28 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             ours = {each.partition for each in assigned}
             self._lose([partition for number, partition in self._partitions.items() if number not in ours])
+            self._commits.keep(ours)
             self.joined = True
-            self._start_opening(ours, from_first_offset=False)
+            self._start_opening(ours)
         except Exception as error:
             self._fail("on_partitions_assigned", error)
 
-    def _start_opening(self, numbers: set[int], *, from_first_offset: bool) -> None:
-        task = asyncio.create_task(self._open_all(numbers, from_first_offset), name="open-partitions")
+    def _start_opening(self, numbers: set[int], *, after: float = 0.0, from_first_offset: bool = False) -> None:
+        task = asyncio.create_task(self._open_all(numbers, after, from_first_offset), name="open-partitions")
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
-    async def _open_all(self, numbers: set[int], from_first_offset: bool) -> None:
+    async def _open_all(self, numbers: set[int], after: float, from_first_offset: bool) -> None:
+        await asyncio.sleep(after)
         waiting = set(numbers)
         while waiting:
             try:
                 async with asyncio.timeout(OPEN_SECONDS):
-                    commits = dict.fromkeys(waiting) if from_first_offset else await self._commits(waiting)
+                    claimed = await self._commits.claim(waiting)
                     for number in sorted(waiting):
-                        await self._open(TopicPartition(self._topic, number), commits[number])
-                        waiting.discard(number)
+                        commit = None if from_first_offset else claimed[number]
+                        if await self._open(TopicPartition(self._topic, number), commit):
+                            waiting.discard(number)
             except TROUBLE as error:
                 self.outage.failed(f"opening partitions {sorted(waiting)}", error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -177,24 +190,22 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.failure = None
         log.info("partitions_assigned", topic=self._topic, partitions=sorted(numbers))
 
-    async def _commits(self, numbers: set[int]) -> dict[int, Commit | None]:
-        return await committed(self._connection, self._group_id, self._topic, numbers)
-
-    async def _open(self, name: TopicPartition, commit: Commit | None) -> None:
+    async def _open(self, name: TopicPartition, commit: Commit | None) -> bool:
+        """Whether the partition is open now; if not, it has to be claimed anew."""
         partition = self._partitions.get(name.partition)
-        if partition is not None and commit not in {partition.committed, *partition.unconfirmed}:
+        if partition is None:
+            partition = self._partitions[name.partition] = await self._begin(name, commit)
+        elif commit is not None and commit in {partition.committed, *partition.unconfirmed}:
+            partition.confirm(commit)
+        else:
             # Somebody else owned it in between: our in-flight requests are answered or will be read again.
             self._lose([partition])
-            partition = None
-        if partition is None:
-            partition = await self._begin(name, commit)
-            self._partitions[name.partition] = partition
-        elif commit is not None:
-            partition.committed = commit
-        partition.unconfirmed.clear()
+            return False
         self.consumer.seek(name, partition.tracker.next_position)
         partition.is_open = True
+        self._commits.opened(partition)
         self.notify()
+        return True
 
     async def _begin(self, name: TopicPartition, commit: Commit | None) -> Partition:
         if commit is None:
@@ -220,6 +231,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         for partition in partitions:
             partition.is_open = False
             del self._partitions[partition.number]
+            self._commits.lost(partition)
         lost = frozenset((partition.number, partition.epoch) for partition in partitions)
         log.info("partitions_lost", topic=self._topic, partitions=sorted(number for number, _ in lost))
         self._on_lost(lost)

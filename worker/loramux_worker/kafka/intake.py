@@ -18,32 +18,29 @@ from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from loramux_schemas import KafkaConnection
 from loramux_worker.errors import ConfigurationError
-from loramux_worker.kafka.assignment import Assignment, OnLost, Partition
+from loramux_worker.kafka.assignment import Assignment, OnLost
+from loramux_worker.kafka.commits import Commits
 from loramux_worker.kafka.connecting import TROUBLE, started
 from loramux_worker.kafka.consumer import consumer_options, stop
-from loramux_worker.kafka.group_offsets import Commit
-from loramux_worker.kafka.metadata import encode
-from loramux_worker.kafka.outage import Outage, explain
+from loramux_worker.kafka.outage import Outage
 from loramux_worker.kafka.reader import Reader
 from loramux_worker.kafka.records import Record
 
 DEFAULT_WINDOW: Final = 8192
-COMMIT_SECONDS: Final = 5.0
 WATCH_SECONDS: Final = 3.0
 
 log = structlog.get_logger(__name__)
 
 
 class Intake:
-    """One member of the consumer group on one topic, at-least-once.
+    """One member of the consumer group on one topic.
 
-    `window` bounds the offsets between a partition's watermark and its newest polled record. `on_lost` is
-    called with the (partition, epoch) pairs that went to another worker: their sequences are to be cancelled,
-    and `done` of their records is ignored. Times are in seconds.
+    `commits` writes down what is answered. `window` bounds the offsets between a partition's watermark and its
+    newest polled record. `on_lost` is called with the (partition, epoch) pairs that went to another worker: their
+    sequences are to be cancelled, and `done` of their records is ignored. Times are in seconds.
     """
 
     def __init__(
@@ -53,6 +50,7 @@ class Intake:
         topic: str,
         group_id: str,
         on_lost: OnLost,
+        commits: Commits,
         window: int = DEFAULT_WINDOW,
         commit_interval: float = 0.5,
         startup_timeout: float = 30.0,
@@ -63,13 +61,11 @@ class Intake:
         self._commit_interval = commit_interval
         self._startup_timeout = startup_timeout
         self._options: dict[str, Any] = consumer_options(connection, group_id, session_timeout)
-        self._assignment = Assignment(
-            connection, topic=topic, group_id=group_id, window=window, flush=self.commit, on_lost=on_lost
-        )
+        self._commits = commits
+        self._assignment = Assignment(topic=topic, window=window, commits=self._commits, on_lost=on_lost)
         self._reader = Reader(connection, self._assignment, self._restart)
-        self._outage = Outage("committing")
+        self._outage = Outage("asking for the end of partitions")
         self._ends: dict[int, int] = {}
-        self._commit_lock = asyncio.Lock()
         self._housekeeping: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -81,7 +77,7 @@ class Intake:
     @property
     def trouble(self) -> str | None:
         """Why this worker gets no requests through no choice of its own; None while all is well."""
-        outages = (self._outage, self._reader.outage, self._assignment.outage)
+        outages = (self._outage, self._commits.outage, self._reader.outage, self._assignment.outage)
         if any(outage.active for outage in outages):
             return "Kafka is unavailable"
         return self._assignment.failure
@@ -143,31 +139,11 @@ class Intake:
     def done(self, record: Record) -> bool:
         """The record is answered; False, and without effect, when its partition was lost meanwhile."""
         partition = self._assignment.held(record.partition, record.epoch)
-        if partition is None:
-            return False
-        was_full = partition.tracker.is_full
-        counted = partition.tracker.done(record.offset)
-        if was_full and not partition.tracker.is_full:
-            self._assignment.notify()
-        return counted
+        return partition is not None and self._assignment.done(partition, record.offset)
 
     async def commit(self) -> None:
-        """Commits what changed. What fails is logged and tried again with the next commit; raises nothing."""
-        async with self._commit_lock:
-            try:
-                async with asyncio.timeout(COMMIT_SECONDS):
-                    due = await self._send_commits()
-            except (CommitFailedError, IllegalStateError) as error:
-                # A rebalance: partitions are opened anew, and what still is ours is committed then.
-                log.info("commit_deferred", reason=explain(error))
-            except TROUBLE as error:
-                self._outage.failed("committing", error)
-            else:
-                for partition, commit in due.items():
-                    partition.committed = commit
-                    partition.unconfirmed.clear()
-                if due:
-                    self._outage.over()
+        """Commits what is due. What fails is logged and tried again later; raises nothing."""
+        await self._commits.commit()
 
     async def close(self) -> None:
         """Commits and leaves the group."""
@@ -181,6 +157,7 @@ class Intake:
         await asyncio.wait([self._housekeeping])
         await self._assignment.close()
         await self.commit()
+        await self._commits.close()
         await stop(self._assignment.consumer)
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
@@ -199,23 +176,6 @@ class Intake:
             await stop(consumer)
         else:
             self._subscribe(consumer)
-
-    async def _send_commits(self) -> dict[Partition, Commit]:
-        due = {}
-        for partition in self._assignment.open_partitions():
-            commit = await self._commit_of(partition)
-            if commit != partition.committed:
-                due[partition] = commit
-                partition.unconfirmed.add(commit)
-        if due:
-            await self._assignment.consumer.commit({each.name: tuple(due[each]) for each in due})
-        return due
-
-    async def _commit_of(self, partition: Partition) -> Commit:
-        tracker = partition.tracker
-        idle = None if tracker.in_flight else await self._assignment.consumer.position(partition.name)
-        position = tracker.commit_position(idle)
-        return Commit(position, encode(position, tracker.answered(position)))
 
     async def _keep_house(self) -> None:
         loop = asyncio.get_running_loop()

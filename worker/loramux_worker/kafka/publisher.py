@@ -18,23 +18,20 @@ from typing import Any, Final
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
-    InvalidTopicError,
     KafkaError,
     KafkaTimeoutError,
-    MessageSizeTooLargeError,
     ProducerClosed,
-    RecordListTooLargeError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from loramux_schemas import KafkaConnection
-from loramux_worker.errors import LoramuxError
 from loramux_worker.kafka.connecting import RETRY_SECONDS, TROUBLE, started_admin
 from loramux_worker.kafka.outage import Outage, explain
 from loramux_worker.kafka.producer import STOP_SECONDS, ReplaceableProducer
 from loramux_worker.kafka.records import OutgoingRecord
+from loramux_worker.kafka.sending import PERMANENT, RecordRefused, enqueue
 from loramux_worker.kafka.topics import largest_messages
 
 DEFAULT_LARGEST_MESSAGE: Final = 1_000_000  # bytes; Kafka's own default is 1,048,588
@@ -42,13 +39,6 @@ MAX_WAITING_DELTAS: Final = 10_000
 SLOW_SECONDS: Final = 5.0
 TOPIC_SECONDS: Final = 2.0
 
-# The broker will say the same again.
-PERMANENT: Final = (
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-    InvalidTopicError,
-    TopicAuthorizationFailedError,
-)
 # The record never reached a batch, so that the producer's sequence numbers are as they were.
 NOT_ENQUEUED: Final = (
     KafkaTimeoutError,
@@ -58,15 +48,6 @@ NOT_ENQUEUED: Final = (
 )
 
 log = structlog.get_logger(__name__)
-
-
-class RecordRefused(LoramuxError):
-    """The cluster does not take this record and will not take it later either."""
-
-    def __init__(self, record: OutgoingRecord, reason: str) -> None:
-        super().__init__(f"topic {record.topic}: {reason}")
-        self.record = record
-        self.reason = reason
 
 
 class Publisher:
@@ -115,6 +96,20 @@ class Publisher:
         """Whether the broker will take a record of this size; compression is not counted on."""
         size = DefaultRecordBatchBuilder.estimate_size_in_bytes(record.key, record.value, list(record.headers))
         return bool(size <= self._limits.get(record.topic, DEFAULT_LARGEST_MESSAGE))
+
+    async def require_place(self, record: OutgoingRecord) -> None:
+        """Returns when the record's topic, and the partition that it names, are known to be there.
+
+        Raises RecordRefused when they are not, PublisherClosed when `close` came first.
+        """
+        while True:
+            try:
+                return await self._require_place(self._producer.current, record)
+            except TopicAuthorizationFailedError as error:
+                raise RecordRefused(record, explain(error)) from error
+            except TROUBLE as error:
+                self._outage.failed("asking for topics", error)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def send(self, records: Sequence[OutgoingRecord]) -> None:
         """Returns when every record is acknowledged, however long brokers are away.
@@ -182,25 +177,13 @@ class Publisher:
             raise RecordRefused(record, explain(error)) from error
 
     async def _enqueue(self, producer: AIOKafkaProducer, record: OutgoingRecord) -> asyncio.Future[Any]:
+        await self._require_place(producer, record)
+        return await enqueue(producer, record)
+
+    async def _require_place(self, producer: AIOKafkaProducer, record: OutgoingRecord) -> None:
         partitions = await self._partitions(producer, record)
         if record.partition is not None and record.partition not in partitions:
             raise RecordRefused(record, f"there is no partition {record.partition}")
-        if record.key is None and record.value is None:
-            # A tombstone without a key: Kafka takes it, aiokafka only in a batch of one's own.
-            batch = producer.create_batch()
-            batch.append(timestamp=None, key=None, value=None, headers=list(record.headers))
-            partition = min(partitions) if record.partition is None else record.partition
-            sending = producer.send_batch(batch, record.topic, partition=partition)
-        else:
-            sending = producer.send(
-                record.topic,
-                value=record.value,
-                key=record.key,
-                partition=record.partition,
-                headers=list(record.headers),
-            )
-        acknowledgement: asyncio.Future[Any] = await sending
-        return acknowledgement
 
     async def _partitions(self, producer: AIOKafkaProducer, record: OutgoingRecord) -> set[int]:
         try:

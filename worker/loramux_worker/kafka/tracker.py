@@ -8,7 +8,7 @@ partition stops at the bound, and what is answered inside it always fits into th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Set
 from enum import Enum, auto
 from itertools import chain
 
@@ -108,19 +108,19 @@ class OffsetsTracker:
         self._next = max(self._next, position)
         self._forget_known(self._next - 1)
 
-    def commit_position(self, idle_position: int | None = None) -> int:
-        """The offset to commit: the watermark or, with nothing in flight, the consumer's own position.
+    def commit(self, answered: Set[int] = frozenset(), idle_position: int | None = None) -> tuple[int, list[int]]:
+        """The position to commit and the answered offsets at and above it, in no order.
 
-        The consumer's position lies behind transaction markers, which are offsets that nobody can poll: a
-        group that commits its newest record + 1 never reaches lag 0.
+        Requests in flight at the offsets `answered` count as answered: what a transaction is to say before it is
+        known to have succeeded. With nothing left in flight the position is the consumer's own, if that is told:
+        it lies behind transaction markers, which are offsets that nobody can poll, and a group that commits its
+        newest record + 1 never reaches lag 0.
         """
-        if self._in_flight:
-            return self.watermark
-        return max(self._next, idle_position if idle_position is not None else 0)
-
-    def answered(self, position: int) -> Iterator[int]:
-        """The answered offsets at and above a `position` to commit, in no order."""
-        return (offset for offset in chain(self._done, self._known) if offset >= position)
+        position = next((offset for offset in self._seen if self._waits(offset, answered)), None)
+        if position is None:
+            position = max(self._next, idle_position if idle_position is not None else 0)
+        done = chain(self._done, answered & self._in_flight, self._known)
+        return position, [offset for offset in done if offset >= position]
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls."""
@@ -131,6 +131,9 @@ class OffsetsTracker:
         assert not self._seen or self._seen[-1] < self._next, "reading goes on above what was polled"
         assert all(offset >= self._next for offset in self._known), "what was polled is no longer only known"
         assert not self._seen or self._seen[-1] - self._seen[0] < self._max_window, "the window is bounded"
+
+    def _waits(self, offset: int, answered: Set[int]) -> bool:
+        return offset in self._in_flight and offset not in answered
 
     def _fits(self, offset: int) -> bool:
         return not self._seen or offset - self._seen[0] < self._max_window
