@@ -87,7 +87,7 @@ class TransactionalProducer:
         try:
             await self._producer.start()
         except BaseException:
-            await self._producer.client.close()
+            await self._producer.stop()
             raise
 
     async def commit(self, records: Sequence[OutgoingRecord], name: TopicPartition, at: Commit, group_id: str) -> None:
@@ -115,9 +115,15 @@ class TransactionalProducer:
                 acknowledgements.append(await enqueue(self._producer, record))  # noqa: PERF401
         finally:
             outcomes = await asyncio.gather(*acknowledgements, return_exceptions=True)
-        for record, outcome in zip(records, outcomes, strict=True):
-            if isinstance(outcome, PERMANENT):
-                raise RecordRefused(record, explain(outcome)) from outcome
+        refused = [
+            (len(record.value or b""), i)
+            for i, (record, outcome) in enumerate(zip(records, outcomes, strict=True))
+            if isinstance(outcome, PERMANENT)
+        ]
+        if refused:
+            # A batch shares its fate: the largest record is to blame, and the others are tried again without it.
+            _, i = max(refused)
+            raise RecordRefused(records[i], explain(outcomes[i])) from outcomes[i]
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -140,7 +146,6 @@ async def require_transactions(connection: KafkaConnection, *, topic: str, group
     """Raises ConfigurationError where the brokers have no transactions or do not let us use them."""
     instead = "or pass --delivery at_least_once"
     known_as = transactional_id(group_id, topic, "start")
-    producer = TransactionalProducer(connection, known_as)
     try:
         async with asyncio.timeout(timeout):
             if not await _has_transactions(connection):
@@ -148,6 +153,7 @@ async def require_transactions(connection: KafkaConnection, *, topic: str, group
                     f"--delivery exactly_once: {connection.bootstrap_servers} has no real transactions (an embedded "
                     f"broker?): use Apache Kafka 3.0 or newer, {instead}"
                 )
+            producer = TransactionalProducer(connection, known_as)
             await producer.start()
             await producer.close()
     except (TransactionalIdAuthorizationFailed, GroupAuthorizationFailedError):

@@ -1,0 +1,302 @@
+"""Transactions on a real broker: whatever fails in between, read_committed readers see one answer a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from loramux_schemas import KafkaConnection
+from loramux_worker.errors import ConfigurationError
+from loramux_worker.kafka import outbox
+from loramux_worker.kafka.embedded import EmbeddedBroker
+from loramux_worker.kafka.exactly_once import ExactlyOnce
+from loramux_worker.kafka.intake import Intake
+from loramux_worker.kafka.publisher import Publisher
+from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.kafka.sending import RecordRefused
+from loramux_worker.kafka.transactions import (
+    TransactionalProducer,
+    TransactionFailed,
+    require_transactions,
+    transactional_id,
+)
+from services.kafka import KafkaCluster
+
+pytestmark = pytest.mark.kafka
+
+SECONDS = 30.0
+
+
+class Member:
+    """One worker's Kafka side; it answers what it is told to."""
+
+    def __init__(self, kafka: KafkaCluster, requests: str, replies: str) -> None:
+        connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
+        self.replies = replies
+        self.publisher = Publisher(connection, topics=[replies])
+        self.delivery = ExactlyOnce(connection, topic=requests, group_id=requests, publisher=self.publisher)
+        self.lost: set[tuple[int, int]] = set()
+        self.intake = Intake(
+            connection,
+            topic=requests,
+            group_id=requests,
+            commits=self.delivery,
+            on_lost=self._lose,
+            commit_interval=0.1,
+            session_timeout=6.0,
+        )
+        self.answering: dict[asyncio.Task[None], Record] = {}
+
+    def _lose(self, lost: Iterable[tuple[int, int]]) -> None:
+        self.lost.update(lost)
+        for task, record in self.answering.items():
+            if (record.partition, record.epoch) in self.lost:
+                task.cancel()
+
+    async def take(self, count: int) -> list[Record]:
+        """Exactly `count` records."""
+        records: list[Record] = []
+        async with asyncio.timeout(SECONDS):
+            while len(records) < count:
+                records += await self.intake.take(count - len(records), 1.0)
+        return records
+
+    def answer(self, record: Record, value: bytes | None = None, topic: str | None = None) -> asyncio.Task[None]:
+        """Begins to answer with what was asked."""
+        reply = OutgoingRecord(topic or self.replies, record.value, value or record.value)
+        task = asyncio.create_task(self.delivery.complete(record, [reply]))
+        self.answering[task] = record
+        return task
+
+    async def until_idle(self) -> None:
+        """Until lag is 0."""
+        async with asyncio.timeout(SECONDS):
+            while not self.intake.assigned or any(self.intake.lag().values()):
+                assert await self.intake.take(1, 0.05) == []  # what was answered before is still to be passed
+
+
+@asynccontextmanager
+async def joined(member: Member) -> AsyncIterator[Member]:
+    """The member from joining to leaving."""
+    async with AsyncExitStack() as stack:
+        await member.publisher.start()
+        stack.push_async_callback(member.publisher.close)
+        await member.intake.start()
+        stack.push_async_callback(member.intake.close)
+        yield member
+
+
+async def ask(kafka: KafkaCluster, topic: str, values: Iterable[int], partition: int | None = None) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        for value in values:
+            await producer.send(topic, str(value).encode(), partition=partition)
+        await producer.flush()
+
+
+async def answers(kafka: KafkaCluster, topic: str) -> Counter[int]:
+    """What a read_committed reader finds, by value."""
+    async with AIOKafkaConsumer(
+        topic, bootstrap_servers=kafka.bootstrap_servers, isolation_level="read_committed", auto_offset_reset="earliest"
+    ) as consumer:
+        names = consumer.assignment()
+        ends = await consumer.end_offsets(names)
+        found: Counter[int] = Counter()
+        async with asyncio.timeout(SECONDS):
+            while any([await consumer.position(name) < ends[name] for name in names]):
+                for messages in (await consumer.getmany(timeout_ms=200)).values():
+                    found.update(int(message.value) for message in messages)
+        return found
+
+
+async def answered(kafka: KafkaCluster, topic: str, expected: Counter[int]) -> bool:
+    return await answers(kafka, topic) == expected
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def topics(kafka_topics) -> tuple[str, str]:
+    return kafka_topics("requests", partitions=2), kafka_topics("replies", partitions=2)
+
+
+async def test_answers_and_offsets_come_together(kafka: KafkaCluster, topics: tuple[str, str]) -> None:
+    requests, replies = topics
+    await ask(kafka, requests, range(60))
+    async with joined(Member(kafka, requests, replies)) as first:
+        records = await first.take(60)
+        odd = [record for record in records if int(record.value or b"") % 2]
+        await asyncio.gather(*map(first.answer, reversed(odd)))
+        # a commit is seen a moment after it is acknowledged
+        await until(lambda: answered(kafka, replies, Counter(range(1, 60, 2))))
+        assert not await first.intake.take(10, 0.2)
+    async with joined(Member(kafka, requests, replies)) as second:
+        again = await second.take(30)
+        assert sorted(int(record.value or b"") for record in again) == list(range(0, 60, 2))
+        await asyncio.gather(*map(second.answer, again))
+        await second.until_idle()
+        assert second.delivery.transactions["committed"] >= 1
+    assert await answers(kafka, replies) == Counter(range(60))
+
+
+async def test_whoever_claims_a_partition_fences_its_former_owner(
+    kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, replies = topics
+    monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
+    await ask(kafka, requests, range(4), partition=0)
+    connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
+    async with joined(Member(kafka, requests, replies)) as zombie:
+        records = await zombie.take(4)
+        await zombie.answer(records[0])
+        heir = TransactionalProducer(connection, transactional_id(requests, requests, 0))
+        await heir.start()
+        late = zombie.answer(records[1])
+        await asyncio.sleep(0.3)
+        assert not late.done()
+        assert zombie.delivery.transactions["fenced"] == 1
+        assert await answers(kafka, replies) == Counter([0])
+        # The group never gave the partition away: it is claimed back, and what waited is answered.
+        await asyncio.wait_for(asyncio.gather(late, *map(zombie.answer, records[2:])), SECONDS)
+        await heir.close()
+    assert await answers(kafka, replies) == Counter(range(4))
+
+
+async def test_answers_of_the_heir_are_not_given_again(
+    kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zombie had answers ready; the heir committed others meanwhile."""
+    requests, replies = topics
+    monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
+    await ask(kafka, requests, range(3), partition=0)
+    connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
+    async with joined(Member(kafka, requests, replies)) as zombie:
+        records = await zombie.take(3)
+        heir = TransactionalProducer(connection, transactional_id(requests, requests, 0))
+        await heir.start()
+        reply = OutgoingRecord(replies, b"0", b"0")
+        name = TopicPartition(requests, 0)
+        await heir.commit([reply], name, outbox.Commit(records[0].offset + 1, ""), requests)
+        await heir.close()
+        late = [zombie.answer(record) for record in records]
+        done, _ = await asyncio.wait(late, timeout=SECONDS)
+        assert all(task.cancelled() for task in done)
+        assert zombie.lost == {(0, records[0].epoch)}
+        again = await zombie.take(2)
+        assert [record.value for record in again] == [b"1", b"2"]
+        await asyncio.gather(*map(zombie.answer, again))
+    assert await answers(kafka, replies) == Counter(range(3))
+
+
+@pytest.mark.parametrize("happened", [True, False])
+async def test_a_transaction_in_doubt_is_settled_by_what_is_committed(
+    kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch, happened: bool
+) -> None:
+    requests, replies = topics
+    real, failures = TransactionalProducer.commit, iter([True])
+
+    async def commit(self: TransactionalProducer, *arguments: object) -> None:
+        fails = next(failures, False)
+        if happened or not fails:
+            await real(self, *arguments)
+        else:
+            await self._producer.begin_transaction()
+            await self._send(arguments[0])
+        if fails:
+            raise TransactionFailed("the connection broke")
+
+    monkeypatch.setattr(TransactionalProducer, "commit", commit)
+    await ask(kafka, requests, range(5), partition=1)
+    async with joined(Member(kafka, requests, replies)) as member:
+        records = await member.take(5)
+        await asyncio.wait_for(asyncio.gather(*map(member.answer, records)), SECONDS)
+        assert member.delivery.transactions["failed"] == 1
+        assert not member.lost
+        await member.until_idle()
+    assert await answers(kafka, replies) == Counter(range(5))
+
+
+async def test_an_answer_that_the_broker_refuses_harms_no_other(kafka: KafkaCluster, kafka_topics) -> None:
+    requests = kafka_topics("requests")
+    replies = kafka_topics("replies", config={"max.message.bytes": "2000"})
+    await ask(kafka, requests, range(10))
+    async with joined(Member(kafka, requests, replies)) as member:
+        records = await member.take(10)
+        good = [member.answer(record) for record in records[2:]]
+        large = member.answer(records[0], b"0" * 5000)
+        nowhere = member.answer(records[1], topic="there-is-none")
+        results = await asyncio.wait_for(asyncio.gather(*good, large, nowhere, return_exceptions=True), SECONDS)
+        assert results[:8] == [None] * 8
+        assert isinstance(results[8], RecordRefused)
+        assert isinstance(results[9], RecordRefused)
+        await asyncio.gather(*map(member.answer, records[:2]))
+        await member.until_idle()
+    assert await answers(kafka, replies) == Counter(range(10))
+
+
+async def test_partitions_move_under_load(kafka: KafkaCluster, topics: tuple[str, str]) -> None:
+    """A second worker comes and goes: what comes back to the first goes on, and nothing is answered twice."""
+    requests, replies = topics
+    await ask(kafka, requests, range(400))
+
+    async def work(member: Member, until: asyncio.Event) -> None:
+        while not until.is_set():
+            for record in await member.intake.take(5, 0.05):
+                await asyncio.sleep(0.002)
+                member.answer(record)
+        await asyncio.wait(member.answering)
+
+    done, gone = asyncio.Event(), asyncio.Event()
+    async with joined(Member(kafka, requests, replies)) as first:
+        working = asyncio.create_task(work(first, done))
+        async with joined(Member(kafka, requests, replies)) as second:
+            helping = asyncio.create_task(work(second, gone))
+            await until(lambda: asyncio.sleep(0, bool(second.answering)))
+            gone.set()
+            await helping
+        await asyncio.sleep(0.2)
+        await ask(kafka, requests, range(400, 500))
+        await until(lambda: answered(kafka, replies, Counter(range(500))))
+        done.set()
+        await working
+        await first.until_idle()
+    assert await answers(kafka, replies) == Counter(range(500))
+
+
+async def test_a_broker_that_comes_back_finds_the_answers_waiting() -> None:
+    with KafkaCluster() as kafka:
+        kafka.create_topic("requests", 1)
+        kafka.create_topic("replies", 1)
+        await ask(kafka, "requests", range(20))
+        async with joined(Member(kafka, "requests", "replies")) as member:
+            records = await member.take(20)
+            await asyncio.gather(*map(member.answer, records[:5]))
+            await asyncio.to_thread(kafka.kill_broker, 0)
+            waiting = [member.answer(record) for record in records[5:]]
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(kafka.start_broker, 0)
+            async with asyncio.timeout(60):
+                while not all(task.done() and not task.cancelled() for task in waiting):
+                    # those whose partition was read anew are answered anew
+                    waiting += [member.answer(record) for record in await member.intake.take(20, 0.1)]
+                    waiting = [task for task in waiting if not task.cancelled()]
+            await member.until_idle()
+        assert await answers(kafka, "replies") == Counter(range(20))
+
+
+async def test_a_broker_without_transactions_is_refused(kafka: KafkaCluster) -> None:
+    with EmbeddedBroker() as broker:
+        connection = KafkaConnection(bootstrap_servers=broker.bootstrap_servers)
+        with pytest.raises(ConfigurationError, match=r"--delivery exactly_once: .* has no real transactions"):
+            await require_transactions(connection, topic="t", group_id="g", timeout=10.0)
+    await require_transactions(
+        KafkaConnection(bootstrap_servers=kafka.bootstrap_servers), topic="t", group_id="g", timeout=10.0
+    )
