@@ -41,7 +41,8 @@ demo: setup ## one prompt to every demo adapter, through a Kafka protocol: no ne
 .PHONY: test
 test: setup ## run the tests, on a real Kafka and a real S3 server
 	@$(PYTHON) tests/services/install.py || [ "$$CI" != true ]
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels
+	$(BIN)/python -m pytest -q --ignore=tests/unit --ignore=tests/kernels
 
 .PHONY: lint
 lint: setup ## ruff, ruff format, mypy and the import contracts

@@ -95,7 +95,7 @@ class ExactlyOnce:
         for answer in outgoing:
             await self._publisher.require_place(answer)
         partition = self._assignment.held(record.partition, record.epoch)
-        if partition is not None:
+        if partition is not None and partition in self._outboxes:
             await self._outboxes[partition].answered(record.offset, tuple(outgoing))
 
     async def commit(self) -> None:
