@@ -4,7 +4,8 @@
 
 The worker's own front with an answer that takes no time, in a process of its own, so that what is measured is Kafka
 and our delivery. The modes take turns in one run; each round asks at the rate, then as fast as it can. A latency is
-the time from producing the request to reading its reply (read_committed). The last line of the output is a JSON object.
+the time from producing the request to reading its reply (read_committed). The last line of the output is a JSON
+object.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ async def _serve(mode: str, servers: str, requests: str, replies: str, ready: Ev
     front = Front(intake, answer, None, publisher, exactly_once or AtLeastOnce(publisher, intake), look_ahead=4096)
     await intake.start()
     taking = asyncio.create_task(front.take_requests())
-    while not intake.assigned:
+    while not intake.assigned:  # noqa: ASYNC110 - the group tells nobody
         await asyncio.sleep(0.05)
     ready.set()
     await asyncio.to_thread(stop.wait)

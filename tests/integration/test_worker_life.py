@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -74,15 +74,10 @@ async def test_every_request_is_answered_when_workers_stop_and_die(
     final = every_reply(kafka, topics["replies_topic"])
     counts = Counter(reply.request_id for reply in final)
     assert set(counts) == {reply.request_id for reply in replies}
-    by_id: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
-    for reply in final:
-        by_id.setdefault(reply.request_id, set()).add((reply.adapter_id, reply.token_ids))
-    assert all(len(answers) == 1 for answers in by_id.values()), "a request answered twice got the same answer twice"
     duplicates = sum(counts.values()) - REQUESTS
     with capsys.disabled():
         print(f"\n{REQUESTS} requests, one worker stopped, one killed: 0 lost, {duplicates} answered twice")
-    # what the killed worker had in hand, and had answered since its last commit
-    assert duplicates <= 256
+    assert duplicates == 0
     tokenizer = Tokenizer.from_file(str(model.path / "tokenizer.json"))
     reference = TinyModel(model.path, model.adapters, model.adapter_ids[:3]).reference()
     for i, reply in enumerate(replies[:3]):
@@ -142,18 +137,27 @@ async def until(condition, seconds: float = 120.0) -> None:
 
 
 def every_reply(kafka: KafkaCluster, topic: str) -> list[Reply]:
-    """All that is in the replies topic."""
+    """All that is in the replies topic, as a read_committed reader finds it."""
     consumer = Consumer(
-        {"bootstrap.servers": kafka.bootstrap_servers, "group.id": "checker", "enable.auto.commit": False}
+        {
+            "bootstrap.servers": kafka.bootstrap_servers,
+            "group.id": "checker",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,  # offsets cannot be counted: transaction markers take some
+            "isolation.level": "read_committed",
+        }
     )
     try:
-        ends = {}
-        for number in consumer.list_topics(topic).topics[topic].partitions:
-            ends[number] = consumer.get_watermark_offsets(TopicPartition(topic, number))[1]
-        consumer.assign([TopicPartition(topic, number, 0) for number in ends])
+        unread = set(consumer.list_topics(topic).topics[topic].partitions)
+        consumer.assign([TopicPartition(topic, number, 0) for number in unread])
         replies = []
-        while len(replies) < sum(ends.values()):
-            replies += [Reply.from_json(m.value()) for m in consumer.consume(500, timeout=5) if m.error() is None]
+        while unread:
+            for message in consumer.consume(500, timeout=5):
+                if message.error() is None:
+                    replies.append(Reply.from_json(message.value()))
+                else:
+                    assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
+                    unread.discard(message.partition())
         return replies
     finally:
         consumer.close()
