@@ -25,7 +25,8 @@ from services.worker import WorkerProcess
 pytestmark = pytest.mark.kafka
 
 WORKER, CLIENT, SCALER = "loramux-worker", "loramux-client", "loramux-scaler"
-REQUESTS, REPLIES, DEAD, CONTROL = "lora.requests", "lora.replies", "lora.dead-letters", "lora.control"
+REQUESTS, REPLIES, STREAM = "lora.requests", "lora.replies", "lora.stream"
+DEAD, CONTROL = "lora.dead-letters", "lora.control"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_who_may_write_where(guarded: GuardedKafka, user: str, topic: str, may: 
 
 @pytest.mark.parametrize(
     ("user", "topic", "may"),
-    [(WORKER, CONTROL, True), (CLIENT, REPLIES, True), (CLIENT, REQUESTS, False), (CLIENT, DEAD, False)],
+    [(WORKER, CONTROL, True), (CLIENT, REPLIES, True), (CLIENT, REQUESTS, False)],
 )
 def test_who_may_read_what(guarded: GuardedKafka, user: str, topic: str, may: bool) -> None:
     # librdkafka wants a group even where it only assigns, and says that it may not join it: no news here
@@ -121,6 +122,11 @@ def test_who_may_read_what(guarded: GuardedKafka, user: str, topic: str, may: bo
         assert said == ("_PARTITION_EOF" if may else "TOPIC_AUTHORIZATION_FAILED")
     finally:
         consumer.close()
+
+
+def test_dead_letters_are_not_even_seen_by_clients(guarded: GuardedKafka) -> None:
+    seen = set(admin_of(guarded, CLIENT).list_topics(timeout=30).topics)
+    assert seen == {REQUESTS, REPLIES, STREAM, CONTROL}
 
 
 async def test_a_client_may_not_join_the_workers(guarded: GuardedKafka) -> None:

@@ -47,6 +47,7 @@ def test_log_events_are_those_of_the_worker() -> None:
         "adapter_store_failed",
         "adapter_cache_full",
         "partitions_lost",
+        "requests_not_unpacked",
     ]:
         assert f"`{event}`" in RUNBOOK
         assert f'"{event}"' in SOURCES
