@@ -24,7 +24,7 @@ install_tools() {
 
 # The lock without PyTorch and what only its CUDA build needs.
 without_cuda() {
-    awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-|cuda-)/ } keep' "$here/requirements.txt"
+    awk '/^[a-z]/ { keep = !/^(torch|nvidia-|cuda-)/ } keep' "$here/requirements.txt"
 }
 
 install_dependencies() {
