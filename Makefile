@@ -8,13 +8,15 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## make .venv and install loramux with its development tools into it
 
-# Keyed on pyproject.toml: the code itself is installed editable.
-$(STAMP): pyproject.toml
+# Keyed on pyproject.toml and the image's lock: the code itself is installed editable. With uv, what the image has is
+# what is tested: the lock's versions.
+LOCK := deploy/image/requirements.txt
+$(STAMP): pyproject.toml $(LOCK)
 	@if [ ! -x $(BIN)/python ]; then \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 			echo "setup: loramux needs Python 3.11 or newer and '$(PYTHON)' is not: make setup PYTHON=python3.12" >&2; \
@@ -27,8 +29,8 @@ $(STAMP): pyproject.toml
 		fi; \
 	fi
 	@echo "setup: installing loramux and its development tools into $(VENV): once some minutes, 6 GB with PyTorch"
-	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
-	elif $(BIN)/python -m pip install --quiet uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
+	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
+	elif $(BIN)/python -m pip install --quiet uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
 	else $(BIN)/python -m pip install --quiet --editable '.[dev]'; fi
 	@touch $(STAMP)
 	@echo "setup: done"
@@ -55,8 +57,29 @@ lint: setup ## ruff, ruff format, mypy and the import contracts
 typecheck: setup ## mypy alone
 	$(BIN)/mypy
 
+.PHONY: lock
+lock: ## write the image's lock anew (newer versions: make lock UPGRADE=--upgrade), and its licences
+	$(PYTHON) deploy/image/lock.py $(UPGRADE)
+	@touch pyproject.toml
+	@$(MAKE) setup
+	$(BIN)/python deploy/image/licences.py
+
+.PHONY: image
+image: ## the steps of deploy/Dockerfile in a temporary folder, without Docker
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && deploy/image/install.sh all "$$folder/venv"
+
+.PHONY: validate-deploy
+validate-deploy: setup ## render and check what is in deploy/: Kubernetes, compose, lock, settings, runbook
+	@$(PYTHON) tests/services/install.py --only kustomize
+	$(BIN)/python -m pytest -q -m "not kafka" tests/deploy
+
+.PHONY: audit
+audit: setup ## known vulnerabilities in what the image has; needs a network that reaches an advisory service
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement $(LOCK)
+
 .PHONY: services
-services: ## fetch the servers of the tests: Apache Kafka (Java 17+, Maven) and an S3 server (Go)
+services: ## fetch what the tests run: Apache Kafka (Java 17+, Maven), an S3 server and kustomize (Go)
 	@$(PYTHON) tests/services/install.py
 
 .PHONY: kafka

@@ -30,6 +30,8 @@ CORRELATION_HEADERS: Final = (CORRELATION_ID, SPRING_CORRELATION_ID)
 ECHOED_HEADERS: Final = (*CORRELATION_HEADERS, TRACEPARENT)
 
 MAX_REASON_CHARS: Final = 1024
+# Names and values together. They go with the reply and with every delta, so a long one would be sent again and again.
+MAX_ECHOED_BYTES: Final = 16 * 1024
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -60,10 +62,13 @@ class ReplyRoute:
         if len(set(topics.values())) > 1:
             raise ValueError(f"{REPLY_TO} and {SPRING_REPLY_TOPIC} name different topics")
         partition = last.get(SPRING_REPLY_PARTITION)
+        echo = echoed(headers)
+        if sum(len(name) + len(value) for name, value in echo) > MAX_ECHOED_BYTES:
+            raise ValueError(f"{', '.join(sorted({name for name, _ in echo}))}: more than {MAX_ECHOED_BYTES} bytes")
         return cls(
             topic=next(iter(topics.values()), None),
             partition=None if partition is None else _partition(partition),
-            echo=echoed(headers),
+            echo=echo,
         )
 
     @classmethod

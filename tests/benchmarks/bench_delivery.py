@@ -1,6 +1,6 @@
 """What exactly-once costs beside at-least-once, at a fixed rate of replies on a real Apache Kafka.
 
-    PYTHONPATH=tests python tests/benchmarks/bench_delivery.py [--rate 500] [--seconds 10] [--rounds 3] [--partitions 12]
+    PYTHONPATH=tests python tests/benchmarks/bench_delivery.py [--rate 500] [--seconds 10] [--partitions 12]
 
 The worker's own front with an answer that takes no time, in a process of its own, so that what is measured is Kafka
 and our delivery. The modes take turns in one run; each round asks at the rate, then as fast as it can. A latency is

@@ -27,6 +27,7 @@ from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.topics import ensure_topics
+from loramux_worker.kafka.unpacking import MAX_UNPACKED_BYTES
 from services.kafka import KafkaCluster
 from services.process import free_port
 
@@ -384,6 +385,25 @@ async def test_a_header_name_that_is_not_utf8_stops_nobody(
         assert sorted((r.partition, r.offset) for r in records) == expected
         [read] = [record for record in records if (record.partition, record.offset) == (0, 3)]
         assert (read.key, read.value, read.headers) == (b"key", b"odd", (("\\xff\\xfe", b"\xff"),))
+        for record in records:
+            worker.intake.done(record)
+        await worker.until(lambda: worker.intake.lag() == {0: 0, 1: 0})
+
+
+async def test_a_batch_that_unpacks_to_too_much_stops_nobody(
+    kafka: KafkaCluster, kafka_topics: Callable[..., str]
+) -> None:
+    topic = kafka_topics("requests", partitions=2)
+    await produce(kafka, topic, 3, 0)
+    options: dict[str, Any] = {"compression_type": "zstd", "max_request_size": 2 * MAX_UNPACKED_BYTES}
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, **options) as writer:
+        await writer.send_and_wait(topic, bytes(MAX_UNPACKED_BYTES), partition=0)  # a kilobyte, to the broker
+    await produce(kafka, topic, 3, 0)
+    await produce(kafka, topic, 3, 1)
+    async with working(kafka, topic) as worker:
+        records = await worker.take(9)
+        expected = [(0, i) for i in (0, 1, 2, 4, 5, 6)] + [(1, i) for i in range(3)]
+        assert sorted((r.partition, r.offset) for r in records) == expected
         for record in records:
             worker.intake.done(record)
         await worker.until(lambda: worker.intake.lag() == {0: 0, 1: 0})

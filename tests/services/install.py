@@ -1,9 +1,10 @@
 """Fetches the servers that the tests run against into a cache folder.
 
-    python tests/services/install.py [--only kafka|s3]
+    python tests/services/install.py [--only kafka|s3|kustomize]
 
     .services/kafka/libs/*.jar   Apache Kafka, through Maven (Java 17 or newer runs it)
     .services/bin/versitygw      an S3 server, built by Go
+    .services/bin/kustomize      no server: it renders deploy/kubernetes; built by Go
 
 The folder is `.services` in the project root, or what LORAMUX_SERVICES names. What is there already, in the
 version pinned here, is left alone. Each service stands for itself: without Go there is still Kafka. When one
@@ -20,14 +21,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 POM = Path(__file__).resolve().with_name("pom.xml")
-VERSITYGW_VERSION = "v1.8.0"
+# Go programs: the name of the binary → (package, version).
+GO_PROGRAMS = {
+    "versitygw": ("github.com/versity/versitygw/cmd/versitygw", "v1.8.0"),
+    "kustomize": ("sigs.k8s.io/kustomize/kustomize/v5", "v5.7.1"),
+}
 OLDEST_JAVA = 17
 
-HOW_TO_INSTALL = "run `make services` (Kafka needs Java 17+ and Maven, the S3 server needs Go)"
+HOW_TO_INSTALL = "run `make services` (Kafka needs Java 17+ and Maven, the S3 server and kustomize need Go)"
 
 
 class ServiceMissing(Exception):
@@ -51,10 +57,21 @@ def kafka_libs() -> Path:
 
 def versitygw() -> Path:
     """The S3 server's executable. Raises ServiceMissing."""
-    binary = services_folder() / "bin" / "versitygw"
-    stamp = binary.with_name("versitygw.version")
-    if not binary.is_file() or not stamp.is_file() or stamp.read_text().strip() != VERSITYGW_VERSION:
-        raise ServiceMissing(f"versitygw {VERSITYGW_VERSION} is not in {binary.parent}: {HOW_TO_INSTALL}")
+    return go_program("versitygw")
+
+
+def kustomize() -> Path:
+    """The executable that renders Kubernetes manifests. Raises ServiceMissing."""
+    return go_program("kustomize")
+
+
+def go_program(name: str) -> Path:
+    """The executable of one of GO_PROGRAMS, in its pinned version. Raises ServiceMissing."""
+    _, version = GO_PROGRAMS[name]
+    binary = services_folder() / "bin" / name
+    stamp = binary.with_name(f"{name}.version")
+    if not binary.is_file() or not stamp.is_file() or stamp.read_text().strip() != version:
+        raise ServiceMissing(f"{name} {version} is not in {binary.parent}: {HOW_TO_INSTALL}")
     return binary
 
 
@@ -87,19 +104,17 @@ def install_kafka() -> None:
     shutil.copyfile(POM, stamp)  # last: the stamp says that the jars are complete
 
 
-def install_versitygw() -> None:
-    """Builds the S3 server into the cache folder. Raises ServiceMissing."""
+def build_go_program(name: str) -> None:
+    """Builds one of GO_PROGRAMS into the cache folder. Raises ServiceMissing."""
     if shutil.which("go") is None:
         raise ServiceMissing("no `go` on PATH: install Go 1.25 or newer (1.21 to 1.24 fetch it themselves)")
+    package, version = GO_PROGRAMS[name]
     folder = services_folder() / "bin"
-    stamp = folder / "versitygw.version"
+    stamp = folder / f"{name}.version"
     stamp.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    run(
-        ["go", "install", f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW_VERSION}"],
-        environment={"GOBIN": str(folder)},
-    )
-    stamp.write_text(f"{VERSITYGW_VERSION}\n")
+    run(["go", "install", f"{package}@{version}"], environment={"GOBIN": str(folder)})
+    stamp.write_text(f"{version}\n")
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> None:
@@ -131,14 +146,15 @@ def ensure(name: str, hint: str, locate: Callable[[], Path], install: Callable[[
 def main() -> int:
     """Brings the services that the command line asks for; the exit code."""
     parser = argparse.ArgumentParser(description="fetch the servers that the tests run against")
-    parser.add_argument("--only", choices=["kafka", "s3"], help="this one instead of both")
+    parser.add_argument("--only", choices=["kafka", "s3", "kustomize"], help="this one instead of all")
     only = parser.parse_args().only
     usable = []
-    if only != "s3":
+    if only in (None, "kafka"):
         usable.append(ensure("Apache Kafka", "43 MB of jars, some seconds", kafka_libs, install_kafka))
-    if only != "kafka":
-        name = f"versitygw {VERSITYGW_VERSION}"
-        usable.append(ensure(name, "built once, some minutes", versitygw, install_versitygw))
+    for name, locate, what in (("versitygw", versitygw, "s3"), ("kustomize", kustomize, "kustomize")):
+        if only in (None, what):
+            build = partial(build_go_program, name)
+            usable.append(ensure(f"{name} {GO_PROGRAMS[name][1]}", "built once, some minutes", locate, build))
     if only is None and shutil.which("kcat") is None:
         print("services: no `kcat` on PATH, its tests need it (Debian: apt-get install kcat)", file=sys.stderr)
     return 0 if all(usable) else 1

@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from loramux_schemas import ReplyRoute, dead_letter_headers
+from loramux_schemas.headers import MAX_ECHOED_BYTES
 
 
 def test_no_headers_no_wishes() -> None:
@@ -66,6 +67,17 @@ def test_a_header_that_cannot_be_honoured_is_named(headers: list[tuple[str, byte
         ReplyRoute.from_headers(headers)
     assert str(caught.value).isprintable()
     assert ReplyRoute.unrouted(headers) == ReplyRoute(echo=(("correlation_id", b"c"),))
+
+
+def test_headers_that_go_with_every_delta_are_bounded() -> None:
+    longest = [("correlation_id", b"c" * (MAX_ECHOED_BYTES - len("correlation_id")))]
+    assert ReplyRoute.from_headers(longest).echo == tuple(longest)
+    for too_many in ([*longest, ("traceparent", b"")], [("correlation_id", b"c")] * 2000):
+        with pytest.raises(ValueError, match=r"^correlation_id.*: more than 16384 bytes"):
+            ReplyRoute.from_headers(too_many)
+        assert ReplyRoute.unrouted(too_many).echo == tuple(too_many)  # the one who asked is still told
+    unread = [("x-anything", bytes(1 << 20))]
+    assert ReplyRoute.from_headers(unread) == ReplyRoute()
 
 
 def test_a_header_without_a_value_is_as_good_as_absent() -> None:

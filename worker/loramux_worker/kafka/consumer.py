@@ -11,6 +11,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 
 from loramux_schemas import KafkaConnection
 from loramux_worker.kafka.connecting import client_options
+from loramux_worker.kafka.unpacking import bound_unpacking
 
 STOP_SECONDS: Final = 10.0
 
@@ -19,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 def consumer_options(connection: KafkaConnection, group_id: str, session_timeout: float) -> dict[str, Any]:
     """Keyword arguments for an AIOKafkaConsumer, one member of the group; `session_timeout` is in seconds."""
+    bound_unpacking()
     # The assignor keeps its memory in class attributes: two consumers of one process must not share the
     # class.
     assignor = type("WorkerAssignor", (StickyPartitionAssignor,), {})

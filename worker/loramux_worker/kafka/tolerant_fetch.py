@@ -1,9 +1,9 @@
-"""Reading records whose header names are not UTF-8, which aiokafka cannot.
+"""Reading past what aiokafka cannot: records whose header names are not UTF-8, batches that unpack to too much.
 
 Any producer can write such a record, and aiokafka's parser then raises for the whole batch, again and again:
 one message would stop its partition for good. Here the same batches are fetched and parsed once more; a byte
 of a header's name that is not UTF-8 becomes its escape (`\\xff`). Values, keys and header values come as they
-are.
+are. A batch beyond the bound of `unpacking` holds nothing: its records cannot be answered, which is logged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
+import structlog
 from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
@@ -21,11 +22,14 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from loramux_schemas import KafkaConnection
 from loramux_worker.kafka.connecting import client_options
+from loramux_worker.kafka.unpacking import UnpacksTooLarge
 
 MAX_BYTES: Final = 1 << 20
 WAIT_MS: Final = 100
 PREFIX: Final = struct.Struct(">qi")  # base offset, length of what follows
 MAGIC_OFFSET: Final = 16
+
+log = structlog.get_logger(__name__)
 
 
 async def fetch_tolerantly(
@@ -80,9 +84,17 @@ class TolerantRecords:
 class TolerantBatch(_DefaultRecordBatchPy):  # type: ignore[misc]
     """aiokafka's batch in Python, whose only text are the names of headers."""
 
+    _buffer: bytearray
+
     def _maybe_uncompress(self) -> None:
-        super()._maybe_uncompress()
-        self._buffer: bytearray = EscapingBytes(self._buffer)
+        try:
+            super()._maybe_uncompress()
+        except UnpacksTooLarge as error:
+            span = {"first": self.base_offset, "last": self.next_offset - 1}
+            log.error("requests_not_unpacked", reason=error.args[0], **span)
+            self._pos, self._buffer, self._decompressed = 0, bytearray(), True
+            self._next_record_index = self._num_records  # as if each had been read
+        self._buffer = EscapingBytes(self._buffer)
 
 
 class EscapingBytes(bytearray):
