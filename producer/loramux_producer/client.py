@@ -21,9 +21,11 @@ from loramux_producer.sender import RequestSender
 from loramux_producer.stream import ReplyStream
 from loramux_producer.tail import TopicTail
 from loramux_schemas import (
+    CONTROL_TOPIC,
     REPLIES_TOPIC,
     REQUESTS_TOPIC,
     STREAM_TOPIC,
+    Cancellation,
     KafkaConnection,
     Reply,
     Request,
@@ -56,6 +58,7 @@ class Client:
         requests_topic: str = REQUESTS_TOPIC,
         replies_topic: str = REPLIES_TOPIC,
         stream_topic: str = STREAM_TOPIC,
+        control_topic: str = CONTROL_TOPIC,
         client_id: str | None = None,
         timeout: float = 60.0,
         shards_per_adapter: int = 2,
@@ -83,6 +86,9 @@ class Client:
         self._stream_topic = stream_topic
         self._deltas: TopicTail | None = None
         self._starting_deltas = asyncio.Lock()
+        self._control_topic = control_topic
+        self._control: RequestSender | None = None
+        self._starting_control = asyncio.Lock()
         self._sends: set[asyncio.Task[None]] = set()
         self._started = False
         self._closed = False
@@ -123,8 +129,8 @@ class Client:
             sending.cancel()
         if sends:
             await asyncio.wait(sends)
-        tails = [self._replies] if self._deltas is None else [self._replies, self._deltas]
-        await asyncio.gather(self._sender.close(), *(tail.close() for tail in tails))
+        parts = (self._sender, self._replies, self._deltas, self._control)
+        await asyncio.gather(*(part.close() for part in parts if part is not None))
 
     async def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
@@ -168,6 +174,17 @@ class Client:
         """`stream` for a request that is already made."""
         streamed = request.model_copy(update={"stream": True})
         return ReplyStream(streamed, lambda on_delta: self._ask(streamed, timeout, on_delta))
+
+    async def cancel(self, request_id: str) -> None:
+        """Have a request stopped, this client's or anybody's; returns once Kafka has the cancellation.
+
+        In whatever state it is, its one final reply is then an error reply with the code `cancelled`; a request that
+        has been answered stays as it is. Raises `ValueError` for what is no request_id, ClientError, ClientClosed.
+        """
+        cancellation = Cancellation.of(request_id)
+        self._require_usable()
+        control = await self._control_sender()
+        await control.send(partition=None, key=request_id.encode(), value=cancellation.to_json(), headers=[])
 
     async def _connect(self) -> None:
         await self._sender.start()
@@ -221,6 +238,19 @@ class Client:
                 deltas = self._tail(self._stream_topic, self._pending.take_delta)
                 await self._connecting(deltas.start())
                 self._deltas = deltas
+
+    async def _control_sender(self) -> RequestSender:
+        """The producer of the control topic; who never cancels needs none."""
+        async with self._starting_control:
+            if self._control is None:
+                await self._connecting(self._replies.require_topics(self._control_topic))
+                control = RequestSender(self._control_topic, self._options)
+                await self._connecting(control.start())
+                if self._closed:
+                    await control.close()
+                    raise ClientClosed("the client is closed")
+                self._control = control
+            return self._control
 
     async def _connecting(self, connecting: Awaitable[None]) -> None:
         try:
