@@ -171,7 +171,8 @@ async def test_cancel_takes_many_ids_and_none_that_is_wrong(commands: Commands) 
     wrong, absent = await asyncio.gather(
         commands.run("cancel", "r4", "x" * 300), commands.run("cancel", "r5", "--control-topic", "absent")
     )
-    assert wrong == Outcome(2, "", "loramux: request_id: must have at most 256 characters\n")
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert wrong.err.startswith("loramux: request_id: must have at most 256")
     assert (absent.code, absent.out) == (1, "")
     assert absent.err.startswith("loramux: topic absent does not exist")
     assert await cancelled(commands) == {"r1", "r2", "r3"}
@@ -243,7 +244,7 @@ async def test_an_interrupted_batch_asks_only_what_is_unanswered(
     commands.responder.limit = 70
     process = await commands.start("batch", "in.jsonl", "out.jsonl", "-c", "20")
     async with asyncio.timeout(SECONDS):
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 71:  # noqa: ASYNC110 - another process
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 72:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
     process.send_signal(interruption)
     outcome = await end(process)
@@ -252,7 +253,7 @@ async def test_an_interrupted_batch_asks_only_what_is_unanswered(
         assert outcome == Outcome(130, "", said)
     else:
         assert outcome.code == -interruption
-    answered = {line["reply"]["request_id"] for line in read_lines(journal)[1:]}
+    answered = {line["reply"]["request_id"] for line in read_lines(journal) if "reply" in line}
     assert len(answered) == 70
     assert not (commands.folder / "out.jsonl").exists()
     asked_before = Counter(commands.responder.asked)
