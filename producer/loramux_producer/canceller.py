@@ -22,7 +22,6 @@ class Canceller:
         self,
         topic: str,
         options: Mapping[str, Any],
-        *,
         connecting: Callable[[Awaitable[None]], Awaitable[None]],
         require_topic: Callable[[str], Awaitable[None]],
     ) -> None:

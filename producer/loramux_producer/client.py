@@ -40,8 +40,8 @@ class Client:
             reply = await client.generate("Hello", adapter_id="acme/support", max_new_tokens=32)
 
     One client serves any number of concurrent requests of one event loop. It reads the replies topic from its
-    end on, without a consumer group, so any number of clients share the topics. It outlives its brokers' restarts;
-    what outlives its own is told at `resume`.
+    One client serves any number of concurrent requests of one event loop. It reads the replies topic from its end on,
+    without a consumer group, so any number share the topics. It outlives its brokers; how to outlive it, see `resume`.
 
     `timeout`: seconds from asking to the final reply, where a call names none; `math.inf` waits for ever.
     `shards_per_adapter`: how many partitions the requests of one adapter are spread over.
@@ -77,6 +77,7 @@ class Client:
         }
         self._timeout = valid_timeout(timeout)
         self._connecting = partial(connecting, servers=connection.bootstrap_servers, seconds=connect_timeout)
+        self.replies_topic = replies_topic
         # A worker answers on its own replies topic unless told otherwise: a name of one's own must be told.
         self._reply_to = [] if replies_topic == REPLIES_TOPIC else [(REPLY_TO, replies_topic.encode())]
         self._pending = PendingReplies()
@@ -86,12 +87,7 @@ class Client:
         self._stream_topic = stream_topic
         self._deltas: TopicTail | None = None
         self._starting_deltas = asyncio.Lock()
-        self._canceller = Canceller(
-            control_topic,
-            self._options,
-            connecting=self._connecting,
-            require_topic=self._replies.require_topics,
-        )
+        self._canceller = Canceller(control_topic, self._options, self._connecting, self._replies.require_topics)
         self._sends: set[asyncio.Task[None]] = set()
         self._replies_from: Mapping[int, int] | None = None
         self._started = False
@@ -123,12 +119,11 @@ class Client:
             raise
 
     def resume(self, positions: Mapping[int, int] | None, on_unclaimed: OnUnclaimed) -> None:
-        """Before `start`: read the replies topic from `positions` on, where an earlier client stood.
+        """Before `start`: read the replies topic from `positions` on, where an earlier client stood (None: the end).
 
-        `on_unclaimed` is given the correlation id and the value of every reply that no request of this client waits
-        for. A program that must survive its own end keeps its requests' ids and correlation ids and the
-        `reply_positions` from before it asked; started anew, it waits for `caught_up`, and asks again what is still
-        unanswered, unchanged: a worker that still knows the first answers from that. `positions` None: from the end.
+        `on_unclaimed` gets the correlation id and the value of every reply that no request of this client waits for.
+        A program that must survive its own end keeps its requests, their correlation ids, and the `reply_positions`
+        from before it asked. Started anew it waits for `caught_up` and asks what is unanswered again, unchanged.
         """
         self._replies_from = positions
         self._pending.on_unclaimed = on_unclaimed
@@ -138,11 +133,6 @@ class Client:
         self._require_usable()
         await self._replies.caught_up()
         self._require_usable()
-
-    @property
-    def replies_topic(self) -> str:
-        """Where replies are read."""
-        return self._replies.topic
 
     @property
     def reply_positions(self) -> dict[int, int]:
@@ -218,9 +208,8 @@ class Client:
         In whatever state it is, its one final reply is then an error reply with the code `cancelled`; a request that
         has been answered stays as it is. Raises `ValueError` for what is no request_id, ClientError, ClientClosed.
         """
-        cancellation = Cancellation.of(request_id)
         self._require_usable()
-        await self._canceller.send(cancellation)
+        await self._canceller.send(Cancellation.of(request_id))
 
     async def _connect(self) -> None:
         await self._sender.start()
@@ -263,11 +252,8 @@ class Client:
         if pending.on_delta is not None:
             await self._follow_deltas()
         num_partitions = await self._sender.num_partitions()
-        partition = self._partitions.take(
-            None if request.adapter is None else request.adapter.adapter_id,
-            num_partitions,
-            request.request_id if repeatable else None,
-        )
+        adapter_id = None if request.adapter is None else request.adapter.adapter_id
+        partition = self._partitions.take(adapter_id, num_partitions, request.request_id if repeatable else None)
         pending.future.add_done_callback(lambda _: self._partitions.release(partition))
         await self._sender.send(
             partition=partition,
