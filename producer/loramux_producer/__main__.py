@@ -1,10 +1,10 @@
-"""`python -m loramux_producer send|batch`: the commands of the client without those of the worker."""
+"""`python -m loramux_producer send|batch|cancel`: the commands of the client without those of the worker."""
 
 from __future__ import annotations
 
 import typer
 
-from loramux_producer.commands import batch, send
+from loramux_producer.commands import batch, cancel, send
 
 
 def main() -> None:
@@ -12,6 +12,7 @@ def main() -> None:
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="Ask loramux through Kafka.")
     app.command()(send)
     app.command()(batch)
+    app.command()(cancel)
     app()
 
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
-from loramux_producer.connection import DEFAULT_SERVERS, kafka_connection
+from loramux_producer.canceller import Canceller
+from loramux_producer.connection import DEFAULT_SERVERS, connecting, kafka_connection
 from loramux_producer.errors import ClientClosed, ClientError
 from loramux_producer.partitions import PartitionChooser
-from loramux_producer.pending import OnDelta, PendingReplies, PendingReply, valid_timeout
+from loramux_producer.pending import OnDelta, OnUnclaimed, PendingReplies, PendingReply, valid_timeout
 from loramux_producer.requests import RequestFields, build_request
 from loramux_producer.sender import RequestSender
 from loramux_producer.stream import ReplyStream
 from loramux_producer.tail import TopicTail
 from loramux_schemas import (
+    CONTROL_TOPIC,
     REPLIES_TOPIC,
     REQUESTS_TOPIC,
     STREAM_TOPIC,
+    Cancellation,
     KafkaConnection,
     Reply,
     Request,
@@ -38,7 +40,8 @@ class Client:
             reply = await client.generate("Hello", adapter_id="acme/support", max_new_tokens=32)
 
     One client serves any number of concurrent requests of one event loop. It reads the replies topic from its
-    end on, without a consumer group, so any number of clients share the topics.
+    One client serves any number of concurrent requests of one event loop. It reads the replies topic from its end on,
+    without a consumer group, so any number share the topics. It outlives its brokers; how to outlive it, see `resume`.
 
     `timeout`: seconds from asking to the final reply, where a call names none; `math.inf` waits for ever.
     `shards_per_adapter`: how many partitions the requests of one adapter are spread over.
@@ -56,6 +59,7 @@ class Client:
         requests_topic: str = REQUESTS_TOPIC,
         replies_topic: str = REPLIES_TOPIC,
         stream_topic: str = STREAM_TOPIC,
+        control_topic: str = CONTROL_TOPIC,
         client_id: str | None = None,
         timeout: float = 60.0,
         shards_per_adapter: int = 2,
@@ -66,14 +70,14 @@ class Client:
             connection = kafka_connection(bootstrap_servers=bootstrap_servers or DEFAULT_SERVERS)
         elif bootstrap_servers is not None:
             raise ValueError("bootstrap_servers: given together with connection, which names its own")
-        self._servers = connection.bootstrap_servers
         self._options: dict[str, Any] = {
             **connection.client_options(),
             "client_id": client_id or f"loramux-{os.getpid()}",
             "metadata_max_age_ms": int(metadata_max_age * 1000),
         }
         self._timeout = valid_timeout(timeout)
-        self._connect_timeout = connect_timeout
+        self._connecting = partial(connecting, servers=connection.bootstrap_servers, seconds=connect_timeout)
+        self.replies_topic = replies_topic
         # A worker answers on its own replies topic unless told otherwise: a name of one's own must be told.
         self._reply_to = [] if replies_topic == REPLIES_TOPIC else [(REPLY_TO, replies_topic.encode())]
         self._pending = PendingReplies()
@@ -83,7 +87,9 @@ class Client:
         self._stream_topic = stream_topic
         self._deltas: TopicTail | None = None
         self._starting_deltas = asyncio.Lock()
+        self._canceller = Canceller(control_topic, self._options, self._connecting, self._replies.require_topics)
         self._sends: set[asyncio.Task[None]] = set()
+        self._replies_from: Mapping[int, int] | None = None
         self._started = False
         self._closed = False
         self._failure: tuple[str, BaseException] | None = None
@@ -112,6 +118,27 @@ class Client:
             await self.close()
             raise
 
+    def resume(self, positions: Mapping[int, int] | None, on_unclaimed: OnUnclaimed) -> None:
+        """Before `start`: read the replies topic from `positions` on, where an earlier client stood (None: the end).
+
+        `on_unclaimed` gets the correlation id and the value of every reply that no request of this client waits for.
+        A program that must survive its own end keeps its requests, their correlation ids, and the `reply_positions`
+        from before it asked. Started anew it waits for `caught_up` and asks what is unanswered again, unchanged.
+        """
+        self._replies_from = positions
+        self._pending.on_unclaimed = on_unclaimed
+
+    async def caught_up(self) -> None:
+        """Wait until every reply that was there at the start has been read. Raises ClientError, ClientClosed."""
+        self._require_usable()
+        await self._replies.caught_up()
+        self._require_usable()
+
+    @property
+    def reply_positions(self) -> dict[int, int]:
+        """Partition of the replies topic → offset of the reply that is read next."""
+        return self._replies.positions
+
     async def close(self) -> None:
         """Fail every request that waits with ClientClosed, and disconnect."""
         self._closed = True
@@ -123,8 +150,8 @@ class Client:
             sending.cancel()
         if sends:
             await asyncio.wait(sends)
-        tails = [self._replies] if self._deltas is None else [self._replies, self._deltas]
-        await asyncio.gather(self._sender.close(), *(tail.close() for tail in tails))
+        parts = (self._sender, self._replies, self._deltas, self._canceller)
+        await asyncio.gather(*(part.close() for part in parts if part is not None))
 
     async def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
@@ -145,11 +172,14 @@ class Client:
 
         Arguments and errors of `generate`.
         """
-        return await self.submit_request(build_request(prompt, **fields), timeout=timeout)
+        repeatable = fields.get("request_id") is not None
+        return (await self._ask(build_request(prompt, **fields), timeout, repeatable=repeatable)).future
 
-    async def submit_request(self, request: Request, *, timeout: float | None = None) -> asyncio.Future[Reply]:
-        """`submit` for a request that is already made."""
-        return (await self._ask(request, timeout)).future
+    async def submit_request(
+        self, request: Request, *, timeout: float | None = None, correlation_id: bytes | None = None
+    ) -> asyncio.Future[Reply]:
+        """`submit` for a request that is already made; `correlation_id` is a new one unless given."""
+        return (await self._ask(request, timeout, correlation_id=correlation_id)).future
 
     def stream(
         self, prompt: str | None = None, *, timeout: float | None = None, **fields: Unpack[RequestFields]
@@ -162,24 +192,48 @@ class Client:
 
         Arguments and errors of `generate`.
         """
-        return self.stream_request(build_request(prompt, **fields), timeout=timeout)
+        return self._stream(build_request(prompt, **fields), timeout, fields.get("request_id") is not None)
 
     def stream_request(self, request: Request, *, timeout: float | None = None) -> ReplyStream:
         """`stream` for a request that is already made."""
+        return self._stream(request, timeout, True)
+
+    def _stream(self, request: Request, timeout: float | None, repeatable: bool) -> ReplyStream:
         streamed = request.model_copy(update={"stream": True})
-        return ReplyStream(streamed, lambda on_delta: self._ask(streamed, timeout, on_delta))
+        return ReplyStream(streamed, lambda take: self._ask(streamed, timeout, on_delta=take, repeatable=repeatable))
+
+    async def cancel(self, request_id: str) -> None:
+        """Have a request stopped, this client's or anybody's; returns once Kafka has the cancellation.
+
+        In whatever state it is, its one final reply is then an error reply with the code `cancelled`; a request that
+        has been answered stays as it is. Raises `ValueError` for what is no request_id, ClientError, ClientClosed.
+        """
+        self._require_usable()
+        await self._canceller.send(Cancellation.of(request_id))
 
     async def _connect(self) -> None:
         await self._sender.start()
         # In this order: no request is produced before the place where its reply will appear is being read.
-        await self._replies.start()
+        await self._replies.start(self._replies_from)
         await self._replies.require_topics(self._sender.topic)
 
-    async def _ask(self, request: Request, timeout: float | None, on_delta: OnDelta | None = None) -> PendingReply:
-        """Produce a request; returns when Kafka has it, or earlier when its future is done."""
+    async def _ask(
+        self,
+        request: Request,
+        timeout: float | None,
+        *,
+        on_delta: OnDelta | None = None,
+        correlation_id: bytes | None = None,
+        repeatable: bool = True,
+    ) -> PendingReply:
+        """Produce a request; returns when Kafka has it, or earlier when its future is done.
+
+        One that is `repeatable`, as its id was the caller's choice, goes where it would go again.
+        """
         self._require_usable()
-        pending = self._pending.open(request, self._timeout if timeout is None else timeout, on_delta)
-        sending = asyncio.create_task(self._send(pending))
+        seconds = self._timeout if timeout is None else timeout
+        pending = self._pending.open(request, seconds, on_delta, correlation_id)
+        sending = asyncio.create_task(self._send(pending, repeatable))
         self._sends.add(sending)
         sending.add_done_callback(self._sent)
         try:
@@ -193,13 +247,13 @@ class Client:
             sending.cancel()
         return pending
 
-    async def _send(self, pending: PendingReply) -> None:
+    async def _send(self, pending: PendingReply, repeatable: bool) -> None:
         request = pending.request
         if pending.on_delta is not None:
             await self._follow_deltas()
         num_partitions = await self._sender.num_partitions()
-        adapter = request.adapter
-        partition = self._partitions.take(None if adapter is None else adapter.adapter_id, num_partitions)
+        adapter_id = None if request.adapter is None else request.adapter.adapter_id
+        partition = self._partitions.take(adapter_id, num_partitions, request.request_id if repeatable else None)
         pending.future.add_done_callback(lambda _: self._partitions.release(partition))
         await self._sender.send(
             partition=partition,
@@ -221,17 +275,6 @@ class Client:
                 deltas = self._tail(self._stream_topic, self._pending.take_delta)
                 await self._connecting(deltas.start())
                 self._deltas = deltas
-
-    async def _connecting(self, connecting: Awaitable[None]) -> None:
-        try:
-            async with asyncio.timeout(self._connect_timeout):
-                await connecting
-        except TimeoutError as error:
-            raise ClientError(f"Kafka at {self._servers} did not answer within {self._connect_timeout:g} s") from error
-        except (KafkaConnectionError, OSError) as error:
-            raise ClientError(f"no Kafka broker answers at {self._servers}") from error
-        except KafkaError as error:
-            raise ClientError(f"Kafka at {self._servers}: {error}") from error
 
     def _tail(self, topic: str, take: Callable[[Sequence[tuple[str, bytes]], bytes | None], None]) -> TopicTail:
         def on_record(record: ConsumerRecord[bytes, bytes]) -> None:

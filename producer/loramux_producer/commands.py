@@ -1,4 +1,4 @@
-"""`loramux send` and `loramux batch`, plain functions for a typer application.
+"""`loramux send`, `batch` and `cancel`, plain functions for a typer application.
 
 Exit codes: 0 answered, 1 an error reply or no reply, 2 something that the caller must change, 130 Ctrl-C.
 """
@@ -23,12 +23,13 @@ from loramux_producer.terminal import (
     JsonPrinter,
     Printer,
     TextPrinter,
+    cancelling,
     connected,
     exits,
     fail,
     progress_bar,
 )
-from loramux_schemas import REPLIES_TOPIC, REQUESTS_TOPIC, STREAM_TOPIC, Request
+from loramux_schemas import CONTROL_TOPIC, REPLIES_TOPIC, REQUESTS_TOPIC, STREAM_TOPIC, Cancellation, Request
 
 
 def send(
@@ -65,8 +66,9 @@ def send(
     requests_topic: options.RequestsTopic = REQUESTS_TOPIC,
     replies_topic: options.RepliesTopic = REPLIES_TOPIC,
     stream_topic: options.StreamTopic = STREAM_TOPIC,
+    control_topic: options.ControlTopic = CONTROL_TOPIC,
 ) -> None:
-    """Ask one request and print the answer."""
+    """Ask one request and print the answer; Ctrl-C cancels it."""
     with exits():
         fields: dict[str, Any] = {"adapter_id": adapter, "messages": options.chat_messages(message or [])}
         if max_new_tokens is not None:
@@ -91,6 +93,7 @@ def send(
             requests_topic=requests_topic,
             replies_topic=replies_topic,
             stream_topic=stream_topic,
+            control_topic=control_topic,
             timeout=timeout,
         )
         answer = _streamed_answer if stream else _whole_answer
@@ -150,6 +153,41 @@ def batch(
             fail(f"{journal.num_errors} of {len(journal)} replies in {output} are errors", ExitCode.NO_ANSWER)
 
 
+def cancel(
+    request_ids: Annotated[list[str], typer.Argument(metavar="REQUEST_ID...", help="Whose requests to stop.")],
+    bootstrap_servers: options.BootstrapServers = DEFAULT_SERVERS,
+    security_protocol: options.SecurityProtocol = "PLAINTEXT",
+    sasl_mechanism: options.SaslMechanism = "PLAIN",
+    sasl_username: options.SaslUsername = None,
+    sasl_password: options.SaslPassword = None,
+    ssl_cafile: options.SslCafile = None,
+    ssl_certfile: options.SslCertfile = None,
+    ssl_keyfile: options.SslKeyfile = None,
+    requests_topic: options.RequestsTopic = REQUESTS_TOPIC,
+    replies_topic: options.RepliesTopic = REPLIES_TOPIC,
+    control_topic: options.ControlTopic = CONTROL_TOPIC,
+) -> None:
+    """Have requests stopped, whoever asked them; what is answered already stays as it is."""
+    with exits():
+        connection = kafka_connection(
+            bootstrap_servers=bootstrap_servers,
+            security_protocol=security_protocol,
+            sasl_mechanism=sasl_mechanism,
+            sasl_username=sasl_username,
+            sasl_password=sasl_password,
+            ssl_cafile=ssl_cafile,
+            ssl_certfile=ssl_certfile,
+            ssl_keyfile=ssl_keyfile,
+        )
+        client = Client(
+            connection=connection,
+            requests_topic=requests_topic,
+            replies_topic=replies_topic,
+            control_topic=control_topic,
+        )
+        asyncio.run(_cancel(client, request_ids))
+
+
 def _prompt(argument: str | None, option: str | None, fields: dict[str, Any]) -> str | None:
     if argument is not None and option is not None:
         raise ValueError("prompt: given as an argument and with --prompt")
@@ -158,8 +196,15 @@ def _prompt(argument: str | None, option: str | None, fields: dict[str, Any]) ->
     return option if argument is None else argument
 
 
-async def _whole_answer(client: Client, request: Request, printer: Printer) -> None:
+async def _cancel(client: Client, request_ids: list[str]) -> None:
+    for request_id in request_ids:
+        Cancellation.of(request_id)  # all or none: an id that is wrong is told before any is cancelled
     async with connected(client):
+        await asyncio.gather(*map(client.cancel, request_ids))
+
+
+async def _whole_answer(client: Client, request: Request, printer: Printer) -> None:
+    async with connected(client), cancelling(client, request.request_id):
         try:
             printer.reply(await (await client.submit_request(request)))
         except ReplyFailed as failed:
@@ -168,7 +213,7 @@ async def _whole_answer(client: Client, request: Request, printer: Printer) -> N
 
 
 async def _streamed_answer(client: Client, request: Request, printer: Printer) -> None:
-    async with connected(client):
+    async with connected(client), cancelling(client, request.request_id):
         answer = client.stream_request(request)
         try:
             async for delta in answer:

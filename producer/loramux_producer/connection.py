@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Any, Final
 
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from pydantic import ValidationError
 
+from loramux_producer.errors import ClientError
 from loramux_schemas import KafkaConnection
 
 DEFAULT_SERVERS: Final = "localhost:9092"
@@ -20,3 +24,16 @@ def kafka_connection(**settings: Any) -> KafkaConnection:
         reason = first["msg"].removeprefix("Value error, ")
         # What concerns several settings has no place of its own, and names them.
         raise ValueError(": ".join([*map(str, first["loc"]), reason])) from None
+
+
+async def connecting(awaited: Awaitable[None], *, servers: str, seconds: float) -> None:
+    """Await what connects to Kafka at `servers`. Raises ClientError in one line, also after `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await awaited
+    except TimeoutError as error:
+        raise ClientError(f"Kafka at {servers} did not answer within {seconds:g} s") from error
+    except (KafkaConnectionError, OSError) as error:
+        raise ClientError(f"no Kafka broker answers at {servers}") from error
+    except KafkaError as error:
+        raise ClientError(f"Kafka at {servers}: {error}") from error

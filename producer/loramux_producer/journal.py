@@ -3,8 +3,13 @@
 `out.jsonl.partial`, beside the output, one JSON object a line: first what it belongs to, then the replies as
 they came.
 
-    {"loramux_batch": 1, "input": "<digest of the input>"}
+    {"loramux_batch": 2, "input": "<digest of the input>", "batch": "<UUID>"}
+    {"replies": "lora.replies", "positions": {"0": 1207}}
     {"line": 17, "reply": {…}}
+
+The batch's UUID is in the correlation ids, and in the ids of requests that have none of their own: what was asked
+before a kill is recognised after it. All replies to the batch that lie before the last `positions` are in the
+journal already; those behind may be in the topic alone.
 
 A line that was cut off by a kill is dropped when the journal is opened again. Replies are handed to the
 operating system at once: they survive the end of the process, though not of the machine.
@@ -14,7 +19,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -27,19 +33,22 @@ from loramux_schemas import Reply
 if sys.platform != "win32":
     import fcntl
 
-VERSION: Final = 1
+VERSION: Final = 2
+BEGINNING: Final = b'{"loramux_batch":'
 
 
 class Journal:
     """The answered lines of one batch, on disk. Use it as a context manager.
 
-    `num_errors` of the replies are error replies. Raises JournalError for a journal of another input, one
-    that is not ours or damaged, or in use; OSError.
+    `batch_id` is the batch's own, whichever run of it this is. `num_errors` of the replies are error replies. Raises
+    JournalError for a journal of another input, one that is not ours or damaged, or in use; OSError.
     """
 
     def __init__(self, path: Path, input_digest: str) -> None:
         self.path = path
         self.num_errors = 0
+        self.batch_id = str(uuid.uuid4())
+        self._standing: tuple[str, dict[int, int]] | None = None
         # Line number of the input → place of its reply in the journal.
         self._places: dict[int, int] = {}
         self._file: BinaryIO = path.open("a+b")
@@ -48,7 +57,7 @@ class Journal:
             end = self._read(input_digest)
             self._file.truncate(end)
             if end == 0:
-                self._write(_header(input_digest))
+                self._write(_record({"loramux_batch": VERSION, "input": input_digest, "batch": self.batch_id}))
         except BaseException:
             self._file.close()
             raise
@@ -59,7 +68,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._places:
+        if not self._places and self._standing is None:  # nothing has been asked
             self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -68,6 +77,17 @@ class Journal:
 
     def __contains__(self, line: int) -> bool:
         return line in self._places
+
+    def positions(self, replies_topic: str) -> dict[int, int] | None:
+        """Partition → offset from which replies may be missing here; None if nothing was asked with that topic."""
+        topic, positions = self._standing or (None, None)
+        return positions if topic == replies_topic else None
+
+    def stand_at(self, replies_topic: str, positions: Mapping[int, int]) -> None:
+        """All replies before these positions are here: reading goes on from them, whatever happens."""
+        self._standing = replies_topic, dict(positions)
+        named = {str(partition): position for partition, position in positions.items()}
+        self._write(_record({"replies": replies_topic, "positions": named}))
 
     def append(self, line: int, reply: Reply) -> None:
         """Line `line` of the input is answered."""
@@ -103,11 +123,11 @@ class Journal:
         end = 0
         for number, record in enumerate(self._file, start=1):
             cut_off = not record.endswith(b"\n")
-            if cut_off and (number > 1 or _header(input_digest).startswith(record)):
+            if cut_off and (number > 1 or record.startswith(BEGINNING) or BEGINNING.startswith(record)):
                 break
             try:
                 self._take(end, orjson.loads(record), input_digest)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise JournalError(
                     f"{self.path}, line {number}: not a batch's journal; remove it to ask everything again"
                 ) from None
@@ -115,15 +135,19 @@ class Journal:
         return end
 
     def _take(self, place: int, record: dict[str, Any], input_digest: str) -> None:
-        if place > 0:
+        if "line" in record and place > 0:
             self._places[int(record["line"])] = place
             self.num_errors += record["reply"]["error"] is not None
+        elif place > 0:
+            self._standing = record["replies"], {int(name): int(at) for name, at in record["positions"].items()}
         elif record["loramux_batch"] != VERSION:
             raise JournalError(f"{self.path} was written by another version of loramux: remove it")
         elif record["input"] != input_digest:
             raise JournalError(
                 f"{self.path} belongs to an input that has changed since; remove the journal to ask everything again"
             )
+        else:
+            self.batch_id = str(uuid.UUID(record["batch"]))
 
     def _lock(self) -> None:
         if sys.platform != "win32":
@@ -131,10 +155,6 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise JournalError(f"{self.path} is in use: the batch runs already") from None
-
-
-def _header(input_digest: str) -> bytes:
-    return _record({"loramux_batch": VERSION, "input": input_digest})
 
 
 def _record(fields: dict[str, Any]) -> bytes:

@@ -71,6 +71,7 @@ SslKeyfile = Annotated[
 ]
 RequestsTopic = Annotated[str, typer.Option("--requests-topic", envvar="LORAMUX_REQUESTS_TOPIC", rich_help_panel=PANEL)]
 RepliesTopic = Annotated[str, typer.Option("--replies-topic", envvar="LORAMUX_REPLIES_TOPIC", rich_help_panel=PANEL)]
+ControlTopic = Annotated[str, typer.Option("--control-topic", envvar="LORAMUX_CONTROL_TOPIC", rich_help_panel=PANEL)]
 StreamTopic = Annotated[str, typer.Option("--stream-topic", envvar="LORAMUX_STREAM_TOPIC", rich_help_panel=PANEL)]
 
 

@@ -1,5 +1,8 @@
 """Which partition a request goes to: shuffle sharding, then the partition with the least of ours in flight.
 
+A request whose id the caller has chosen may come again, and workers know that only within a partition: it always
+goes to the same one.
+
 Each adapter owns `k` of the partitions. A tenant that floods its adapter fills those k queues and leaves the
 others alone, and two adapters rarely own the same k.
 """
@@ -7,7 +10,7 @@ others alone, and two adapters rarely own the same k.
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 
 
@@ -46,13 +49,19 @@ class PartitionChooser:
         # Partition → the turn at which it was last taken.
         self._last_turns: dict[int, int] = {}
 
-    def take(self, adapter_id: str | None, num_partitions: int) -> int:
-        """The partition of one more request, of equally loaded ones the longest unused. Give it back with `release`."""
+    def take(self, adapter_id: str | None, num_partitions: int, request_id: str | None = None) -> int:
+        """The partition of one more request, of equally loaded ones the longest unused. Give it back with `release`.
+
+        With a `request_id` it is that id's own among the adapter's: asked again, a request meets its first.
+        """
         if adapter_id is None:
             candidates: tuple[int, ...] | range = range(num_partitions)
         else:
             candidates = shard_partitions(adapter_id, num_partitions, self._shards)
-        partition = min(candidates, key=lambda number: (self._in_flight[number], self._last_turns.get(number, 0)))
+        if request_id is None:
+            partition = min(candidates, key=lambda number: (self._in_flight[number], self._last_turns.get(number, 0)))
+        else:
+            partition = max(candidates, key=partial(_draw, request_id.encode()))
         self._in_flight[partition] += 1
         self._turn += 1
         self._last_turns[partition] = self._turn

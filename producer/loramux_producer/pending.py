@@ -13,6 +13,7 @@ from loramux_schemas import Reply, Request, StreamDelta
 from loramux_schemas.headers import CORRELATION_ID
 
 OnDelta = Callable[[StreamDelta], None]
+OnUnclaimed = Callable[[bytes, bytes | None], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,10 +31,11 @@ class PendingReplies:
 
     A correlation id is the client's own random id, a running number and the request_id: it is unique even
     where two requests carry one request_id, and what belongs to other clients is passed over without being
-    parsed.
+    parsed. `on_unclaimed` is given the correlation id and the value of replies that no request waits for.
     """
 
     def __init__(self) -> None:
+        self.on_unclaimed: OnUnclaimed | None = None
         self._client = secrets.token_hex(8)
         self._number = 0
         self._waiting: dict[bytes, PendingReply] = {}
@@ -41,11 +43,23 @@ class PendingReplies:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def open(self, request: Request, timeout: float, on_delta: OnDelta | None = None) -> PendingReply:
-        """Wait for the reply to `request` for `timeout` seconds (`math.inf`: as long as it takes)."""
+    def open(
+        self,
+        request: Request,
+        timeout: float,
+        on_delta: OnDelta | None = None,
+        correlation_id: bytes | None = None,
+    ) -> PendingReply:
+        """Wait for the reply to `request` for `timeout` seconds (`math.inf`: as long as it takes).
+
+        Raises `ValueError` for a `correlation_id` under which another request waits.
+        """
         timeout = valid_timeout(timeout)
-        self._number += 1
-        correlation_id = f"{self._client}/{self._number}/{request.request_id}".encode()
+        if correlation_id is None:
+            self._number += 1
+            correlation_id = f"{self._client}/{self._number}/{request.request_id}".encode()
+        elif correlation_id in self._waiting:
+            raise ValueError(f"correlation_id: another request waits under {correlation_id!r}")
         loop = asyncio.get_running_loop()
         pending = PendingReply(correlation_id, request, loop.create_future(), on_delta)
         self._waiting[correlation_id] = pending
@@ -58,10 +72,15 @@ class PendingReplies:
     def take_reply(self, headers: Sequence[tuple[str, bytes]], value: bytes | None) -> None:
         """A record of the replies topic: settles the request it answers.
 
-        Ignored are other clients' replies, second ones, and late ones.
+        What no request waits for is somebody else's, a second reply or a late one.
         """
-        pending = self._find(headers)
+        correlation_id = _correlation_id(headers)
+        if correlation_id is None:
+            return
+        pending = self._waiting.get(correlation_id)
         if pending is None or pending.future.done():
+            if self.on_unclaimed is not None:
+                self.on_unclaimed(correlation_id, value)
             return
         try:
             reply = Reply.from_json(value or b"")
@@ -78,7 +97,8 @@ class PendingReplies:
 
     def take_delta(self, headers: Sequence[tuple[str, bytes]], value: bytes | None) -> None:
         """A record of the stream topic: handed to the request it belongs to, if that is one of ours."""
-        pending = self._find(headers)
+        correlation_id = _correlation_id(headers)
+        pending = None if correlation_id is None else self._waiting.get(correlation_id)
         if pending is None or pending.on_delta is None or pending.future.done():
             return
         try:
@@ -101,11 +121,9 @@ class PendingReplies:
                 # Nobody may be awaiting it any more; that is no reason for asyncio to complain.
                 pending.future.exception()
 
-    def _find(self, headers: Sequence[tuple[str, bytes]]) -> PendingReply | None:
-        for name, value in headers:
-            if name == CORRELATION_ID:
-                return self._waiting.get(value)
-        return None
+
+def _correlation_id(headers: Sequence[tuple[str, bytes]]) -> bytes | None:
+    return next((value for name, value in headers if name == CORRELATION_ID), None)
 
 
 def valid_timeout(seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""Produces requests: acknowledged by all replicas, idempotent, not spoiled by one record that is refused."""
+"""Produces records: acknowledged by all replicas, idempotent, not spoiled by one record that is refused."""
 
 from __future__ import annotations
 
@@ -64,9 +64,11 @@ class RequestSender:
             raise ClientError(f"topic {self.topic}: its partitions are not known: {error}") from error
 
     async def send(
-        self, *, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]
+        self, *, partition: int | None, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]
     ) -> RecordMetadata:
         """Produce one record; returns when the broker has it. While no broker answers it waits.
+
+        Without a partition the key chooses it.
 
         Raises RequestTooLarge, or ClientError for anything else that the broker refuses.
         """

@@ -1,4 +1,4 @@
-"""Reads one topic from its end on: every partition, no consumer group, committed records only."""
+"""Reads one topic from its end or a given place on: every partition, no consumer group, committed records only."""
 
 from __future__ import annotations
 
@@ -44,11 +44,24 @@ class TopicTail:
         self._task: asyncio.Task[None] | None = None
         # Offset of the next record of each partition: aiokafka forgets its own when partitions are assigned.
         self._positions: dict[TopicPartition, int] = {}
+        # Where the partitions ended at the start, until they have been read to there.
+        self._ends: dict[TopicPartition, int] = {}
+        self._caught_up = asyncio.Event()
 
-    async def start(self) -> None:
-        """Connect and stand at the end of every partition.
+    @property
+    def positions(self) -> dict[int, int]:
+        """Partition → offset of the record that comes next."""
+        return {name.partition: position for name, position in self._positions.items()}
 
-        Raises KafkaError, or ClientError for a missing topic.
+    async def caught_up(self) -> None:
+        """Wait until what was there at the start has been handled, or reading has ended."""
+        await self._caught_up.wait()
+
+    async def start(self, positions: Mapping[int, int] | None = None) -> None:
+        """Connect and stand at `positions`, or at the end of every partition.
+
+        A partition that is not in `positions` is new since then, and read from its first record. Raises KafkaError,
+        or ClientError for a missing topic.
         """
         consumer = AIOKafkaConsumer(
             **self._options,
@@ -64,7 +77,8 @@ class TopicTail:
             await self.require_topics(self.topic)
             # The first question makes aiokafka fetch the topic's metadata; only then are its partitions known.
             await consumer.end_offsets([TopicPartition(self.topic, 0)])
-            self._positions = await consumer.end_offsets(self._partitions())
+            self._ends = await consumer.end_offsets(self._partitions())
+            self._positions = dict(self._ends) if positions is None else self._known_places(positions)
         except BaseException:
             await self.close()
             raise
@@ -85,6 +99,7 @@ class TopicTail:
 
     async def close(self) -> None:
         """Stop reading and disconnect; nothing is called back any more."""
+        self._caught_up.set()
         if self._task is not None:
             self._task.remove_done_callback(self._ended)
             self._task.cancel()
@@ -97,6 +112,11 @@ class TopicTail:
         numbers = self._consumer.partitions_for_topic(self.topic) or ()
         return [TopicPartition(self.topic, number) for number in sorted(numbers)]
 
+    def _known_places(self, positions: Mapping[int, int]) -> dict[TopicPartition, int]:
+        wanted = {name: positions.get(name.partition, 0) for name in self._ends}
+        # Beyond the end: the topic is not the one that it was.
+        return {name: position if position <= self._ends[name] else 0 for name, position in wanted.items()}
+
     def _assign(self) -> None:
         assert self._consumer is not None
         self._consumer.assign(list(self._positions))
@@ -107,6 +127,8 @@ class TopicTail:
         assert self._consumer is not None
         while True:
             self._take_new_partitions()
+            if not self._caught_up.is_set():
+                await self._look_how_far()
             batches = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=RECORDS_A_TURN)
             for partition, records in batches.items():
                 for record in records:
@@ -116,6 +138,12 @@ class TopicTail:
                 self._check_fetcher()
             # With records at hand getmany() returns without a pause, and nobody else would run.
             await asyncio.sleep(0)
+
+    async def _look_how_far(self) -> None:
+        assert self._consumer is not None
+        # Not `_positions`: behind the last record there may be transaction markers, which nobody is given.
+        if all([await self._consumer.position(name) >= end for name, end in self._ends.items()]):
+            self._caught_up.set()
 
     def _take_new_partitions(self) -> None:
         new = [partition for partition in self._partitions() if partition not in self._positions]
@@ -137,6 +165,7 @@ class TopicTail:
         assert cause is not None, "reading has no end of its own"
         log.error("reading topic %s ended: %r", self.topic, cause)
         self._on_failure(cause)
+        self._caught_up.set()
 
 
 async def stop_consumer(consumer: AIOKafkaConsumer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from enum import IntEnum
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,6 +23,8 @@ from rich.progress import (
 from loramux_producer.client import Client
 from loramux_producer.errors import BatchError, ClientError, RequestTooLarge, Unanswered
 from loramux_schemas import Reply, StreamDelta
+
+CANCEL_SECONDS: Final = 3.0
 
 
 class ExitCode(IntEnum):
@@ -87,6 +90,22 @@ async def connected(client: Client) -> AsyncIterator[Client]:
             await client.close()
     finally:
         logging.getLogger("aiokafka").removeHandler(last_error)
+
+
+@contextlib.asynccontextmanager
+async def cancelling(client: Client, request_id: str) -> AsyncIterator[None]:
+    """Whoever interrupts the block has the request stopped, too."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS):
+                await client.cancel(request_id)
+        except TimeoutError:
+            typer.echo(f"loramux: request {request_id} may go on: Kafka did not take its cancellation", err=True)
+        except ClientError as error:
+            typer.echo(f"loramux: request {request_id} may go on: {error}", err=True)
+        raise
 
 
 class TextPrinter:

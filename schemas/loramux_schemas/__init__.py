@@ -1,4 +1,4 @@
-"""The wire contract of loramux: requests, replies, deltas, headers, topics, error codes.
+"""The wire contract of loramux: requests, replies, deltas, cancellations, headers, topics, error codes.
 
 from loramux_schemas import Request, Reply
 
@@ -6,6 +6,7 @@ value = Request(request_id="…", adapter_id="acme/support", prompt="Hello").to_
 """
 
 from loramux_schemas.adapter_names import AdapterName
+from loramux_schemas.cancellation import Cancellation
 from loramux_schemas.connection import KafkaConnection
 from loramux_schemas.documents import asyncapi, json_schema
 from loramux_schemas.errors import ErrorCode, InvalidRequest, SchemaError, UnparseableMessage, describe
@@ -21,14 +22,22 @@ from loramux_schemas.reply import (
     Usage,
 )
 from loramux_schemas.request import ChatMessage, Parameters, Request
-from loramux_schemas.topics import DEAD_LETTERS_TOPIC, REPLIES_TOPIC, REQUESTS_TOPIC, STREAM_TOPIC
+from loramux_schemas.topics import (
+    CONTROL_TOPIC,
+    DEAD_LETTERS_TOPIC,
+    REPLIES_TOPIC,
+    REQUESTS_TOPIC,
+    STREAM_TOPIC,
+)
 
 __all__ = [
+    "CONTROL_TOPIC",
     "DEAD_LETTERS_TOPIC",
     "REPLIES_TOPIC",
     "REQUESTS_TOPIC",
     "STREAM_TOPIC",
     "AdapterName",
+    "Cancellation",
     "ChatMessage",
     "ErrorCode",
     "FinishReason",

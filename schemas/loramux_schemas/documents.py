@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from loramux_schemas import headers as names
 from loramux_schemas import topics
+from loramux_schemas.cancellation import Cancellation
 from loramux_schemas.reply import Reply, StreamDelta
 from loramux_schemas.request import ChatMessage, Parameters, Request
 
@@ -18,17 +19,17 @@ _INPUTS = ("prompt", "inputs", "messages", "prompt_token_ids")
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12): `Request`, `Reply`, `StreamDelta` under `$defs`, any of them as root."""
+    """JSON Schema (draft 2020-12): the four kinds of message under `$defs`, any of them as root."""
     return {
         "$schema": _DIALECT,
         "title": "loramux wire contract",
-        "anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in (Request, Reply, StreamDelta)],
+        "anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in (Request, Reply, StreamDelta, Cancellation)],
         "$defs": _definitions("#/$defs/{model}"),
     }
 
 
 def asyncapi() -> dict[str, Any]:
-    """AsyncAPI 3.0.0 from the worker's side: it receives requests and sends the other kinds of message."""
+    """AsyncAPI 3.0.0 from the worker's side: it receives requests and cancellations, and sends the rest."""
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -48,6 +49,7 @@ def asyncapi() -> dict[str, Any]:
                 "deadLetter",
                 "Messages that could not be read as requests, unchanged.",
             ),
+            "control": _channel(topics.CONTROL_TOPIC, "cancellation", "Cancellations; every worker reads all of them."),
         },
         "operations": {
             "receiveRequest": {
@@ -57,6 +59,7 @@ def asyncapi() -> dict[str, Any]:
                     "messages": [{"$ref": "#/channels/replies/messages/reply"}],
                 },
             },
+            "receiveCancellation": _operation("receive", "control", "cancellation"),
             "sendReply": _operation("send", "replies", "reply"),
             "sendDelta": _operation("send", "stream", "delta"),
             "sendDeadLetter": _operation("send", "deadLetters", "deadLetter"),
@@ -67,7 +70,12 @@ def asyncapi() -> dict[str, Any]:
 
 def _definitions(ref_template: str) -> dict[str, Any]:
     _, schema = models_json_schema(
-        [(Request, "validation"), (Reply, "serialization"), (StreamDelta, "serialization")],
+        [
+            (Request, "validation"),
+            (Reply, "serialization"),
+            (StreamDelta, "serialization"),
+            (Cancellation, "validation"),
+        ],
         ref_template=ref_template,
     )
     definitions: dict[str, Any] = schema["$defs"]
@@ -141,6 +149,7 @@ def _messages() -> dict[str, Any]:
         "request": _message("Request", Request, adapter_key, {**echoed, **routing}),
         "reply": _message("Reply", Reply, request_key, echoed),
         "delta": _message("Stream delta", StreamDelta, "The request_id.", echoed),
+        "cancellation": _message("Cancellation", Cancellation, "The request_id.", {}),
         "deadLetter": dead_letter | {"contentType": "application/octet-stream"},
     }
 

@@ -9,6 +9,7 @@ REQUESTS_TOPIC: Final = "lora.requests"
 REPLIES_TOPIC: Final = "lora.replies"
 STREAM_TOPIC: Final = "lora.stream"
 DEAD_LETTERS_TOPIC: Final = "lora.dead-letters"
+CONTROL_TOPIC: Final = "lora.control"
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 

@@ -38,7 +38,7 @@ from services.s3 import S3Server
 from services.worker import WorkerProcess
 from web_server import WebServer
 
-TOPICS = ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters")
+TOPICS = ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters", "lora.control")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BUDGETS = {"gpu": "adapter_memory", "host": "host_memory", "disk": "disk_quota"}
 SLOW_SECONDS, STREAMS = 20.0, 8

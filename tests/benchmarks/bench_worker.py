@@ -110,7 +110,7 @@ def measure_loramux(model: Path, adapters: Path, jobs: list[tuple[str, str]], ne
     """All requests at once through Kafka and one worker."""
     say("starting Kafka and a worker")
     with KafkaCluster() as kafka:
-        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters"):
+        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters", "lora.control"):
             kafka.create_topic(topic, partitions=4)
         with WorkerProcess(
             kafka.bootstrap_servers, model, adapter_uri=f"file://{adapters}/{{adapter_id}}", max_model_len=256

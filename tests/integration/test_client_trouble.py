@@ -179,6 +179,38 @@ async def test_a_broker_that_goes_away_loses_no_waiter() -> None:
         assert asyncio.all_tasks() == before
 
 
+async def test_requests_and_streams_outlive_brokers_that_are_killed() -> None:
+    """One broker killed twice, under requests and streams that are asked, half answered, or asked meanwhile."""
+    with KafkaCluster() as kafka:
+        topics = Topics(kafka.bootstrap_servers, "lora.requests", "lora.replies", "lora.stream")
+        for topic in (topics.requests, topics.replies, topics.stream):
+            kafka.create_topic(topic, 2)
+
+        async def streamed(client: Client, number: int) -> str:
+            stream = client.stream(f"stream {number}", metadata={"reply": "held"} if number % 2 else None)
+            return "".join([delta.text async for delta in stream])
+
+        async with topics.responder() as responder, topics.client(timeout=4 * SECONDS) as client:
+            asking: list[asyncio.Task[Reply]] = []
+            streams: list[asyncio.Task[str]] = []
+            for outage in range(2):
+                first = len(asking)
+                asking += [asyncio.create_task(client.generate(f"{first + i}")) for i in range(40)]
+                streams += [asyncio.create_task(streamed(client, len(streams) + i)) for i in range(20)]
+                await asyncio.wait_for(responder.wait_asked(5 + outage * 60), 3 * SECONDS)
+                await asyncio.to_thread(kafka.kill_broker, 0)
+                asking += [asyncio.create_task(client.generate(f"{first + 40 + i}")) for i in range(10)]
+                await asyncio.to_thread(kafka.start_broker, 0)
+                await asyncio.wait_for(asyncio.gather(*asking), 3 * SECONDS)
+            await asyncio.wait_for(responder.settle(), 3 * SECONDS)
+            await responder.release()
+            texts = [reply.generated_text for reply in await asyncio.wait_for(asyncio.gather(*asking), 3 * SECONDS)]
+            assert texts == [f"base answers {i}" for i in range(100)]
+            texts = await asyncio.wait_for(asyncio.gather(*streams), 3 * SECONDS)
+            assert texts == [f"base answers stream {i}" for i in range(40)]
+            assert set(responder.asked.values()) == {1}
+
+
 async def test_a_client_starts_once(topics: Topics) -> None:
     async with topics.client() as client:
         with pytest.raises(ClientError, match="started once"):

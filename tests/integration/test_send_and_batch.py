@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -15,8 +17,9 @@ from typing import Any
 
 import orjson
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from loramux_schemas import Reply, Request, StreamDelta
+from loramux_schemas import Cancellation, Reply, Request, StreamDelta
 from services.kafka import KafkaCluster
 from services.responder import Responder
 
@@ -36,8 +39,18 @@ class Outcome:
 class Commands:
     """Starts the client's commands against one test's own topics."""
 
-    def __init__(self, servers: str, requests_topic: str, replies_topic: str, stream_topic: str, folder: Path) -> None:
+    def __init__(
+        self,
+        servers: str,
+        requests_topic: str,
+        replies_topic: str,
+        stream_topic: str,
+        control_topic: str,
+        folder: Path,
+    ) -> None:
         self.folder = folder
+        self.servers = servers
+        self.control_topic = control_topic
         self.responder = Responder(servers, requests_topic, replies_topic, stream_topic)
         self._environment = {
             **os.environ,
@@ -46,6 +59,7 @@ class Commands:
             "LORAMUX_REQUESTS_TOPIC": requests_topic,
             "LORAMUX_REPLIES_TOPIC": replies_topic,
             "LORAMUX_STREAM_TOPIC": stream_topic,
+            "LORAMUX_CONTROL_TOPIC": control_topic,
         }
 
     async def start(self, *arguments: str | Path, **environment: str) -> Process:
@@ -72,7 +86,7 @@ async def end(process: Process, stdin: str = "") -> Outcome:
 @pytest.fixture
 async def commands(kafka: KafkaCluster, kafka_topics: Callable[..., str], tmp_path: Path) -> AsyncIterator[Commands]:
     names = kafka_topics("requests", partitions=4), kafka_topics("replies", partitions=2), kafka_topics("stream")
-    commands = Commands(kafka.bootstrap_servers, *names, tmp_path)
+    commands = Commands(kafka.bootstrap_servers, *names, kafka_topics("control"), tmp_path)
     async with commands.responder:
         yield commands
 
@@ -136,11 +150,45 @@ async def test_a_missing_topic_is_one_line_and_exit_code_2(commands: Commands) -
     assert {path.name for path in commands.folder.iterdir()} == {"in.jsonl"}
 
 
-async def test_ctrl_c_ends_send_quietly(commands: Commands) -> None:
-    process = await commands.start("send", "x", "-P", 'metadata={"silent":true}')
-    await asyncio.wait_for(commands.responder.wait_asked(1), SECONDS)
-    process.send_signal(signal.SIGINT)
-    assert await end(process) == Outcome(130, "", "")
+async def test_ctrl_c_cancels_what_was_sent(commands: Commands) -> None:
+    silent = 'metadata={"silent":true}'
+    whole = await commands.start("send", "x", "-P", silent, "-P", "request_id=whole")
+    streamed = await commands.start("send", "x", "-P", silent, "-P", "request_id=streamed", "--stream")
+    lost = await commands.start("send", "x", "-P", silent, "-P", "request_id=lost", "--control-topic", "absent")
+    await asyncio.wait_for(commands.responder.wait_asked(3), SECONDS)
+    for process in (whole, streamed, lost):
+        process.send_signal(signal.SIGINT)
+    assert await end(whole) == await end(streamed) == Outcome(130, "", "")
+    outcome = await end(lost)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.startswith("loramux: request lost may go on: topic absent does not exist")
+    assert outcome.err.count("\n") == 1
+    assert await cancelled(commands) == {"whole", "streamed"}
+
+
+async def test_cancel_takes_many_ids_and_none_that_is_wrong(commands: Commands) -> None:
+    assert await commands.run("cancel", "r1", "r2", "r3") == Outcome(0, "", "")
+    wrong, absent = await asyncio.gather(
+        commands.run("cancel", "r4", "x" * 300), commands.run("cancel", "r5", "--control-topic", "absent")
+    )
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert wrong.err.startswith("loramux: request_id: must have at most 256")
+    assert (absent.code, absent.out) == (1, "")
+    assert absent.err.startswith("loramux: topic absent does not exist")
+    assert await cancelled(commands) == {"r1", "r2", "r3"}
+
+
+async def cancelled(commands: Commands) -> set[str]:
+    """Everything that is in the control topic, each keyed by its request."""
+    place = TopicPartition(commands.control_topic, 0)
+    async with AIOKafkaConsumer(bootstrap_servers=commands.servers, auto_offset_reset="earliest") as consumer:
+        consumer.assign([place])
+        records: list[Any] = []
+        while len(records) < (await consumer.end_offsets([place]))[place]:
+            records += (await consumer.getmany(timeout_ms=200)).get(place, [])
+    ids = [Cancellation.from_json(record.value).request_id for record in records]
+    assert [record.key.decode() for record in records] == ids
+    return set(ids)
 
 
 def write_requests(folder: Path, count: int, **wishes: Any) -> list[dict[str, Any]]:
@@ -196,7 +244,7 @@ async def test_an_interrupted_batch_asks_only_what_is_unanswered(
     commands.responder.limit = 70
     process = await commands.start("batch", "in.jsonl", "out.jsonl", "-c", "20")
     async with asyncio.timeout(SECONDS):
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 71:  # noqa: ASYNC110 - another process
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 72:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
     process.send_signal(interruption)
     outcome = await end(process)
@@ -205,7 +253,7 @@ async def test_an_interrupted_batch_asks_only_what_is_unanswered(
         assert outcome == Outcome(130, "", said)
     else:
         assert outcome.code == -interruption
-    answered = {line["reply"]["request_id"] for line in read_lines(journal)[1:]}
+    answered = {line["reply"]["request_id"] for line in read_lines(journal) if "reply" in line}
     assert len(answered) == 70
     assert not (commands.folder / "out.jsonl").exists()
     asked_before = Counter(commands.responder.asked)
@@ -219,6 +267,31 @@ async def test_an_interrupted_batch_asks_only_what_is_unanswered(
     assert [reply["request_id"] for reply in replies] == [request["request_id"] for request in requests]
     assert all(reply["status"] == "ok" for reply in replies)
     assert not journal.exists()
+
+
+async def test_a_batch_that_is_killed_at_random_moments_asks_nothing_twice(commands: Commands) -> None:
+    """Replies that come while nobody reads are found in the topic; lines without an id keep the one they were given."""
+    lines = [orjson.dumps({"prompt": f"prompt {i}", "adapter_id": f"acme/{i % 5}"}) for i in range(400)]
+    (commands.folder / "in.jsonl").write_bytes(b"\n".join(lines))
+    output = commands.folder / "out.jsonl"
+    moments = random.Random(11)
+    kills = 0
+    while not output.exists():
+        process = await commands.start("batch", "in.jsonl", "out.jsonl", "-c", "4")
+        if kills < 4:
+            asked = commands.responder.asked.total()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(commands.responder.wait_asked(asked + moments.randrange(1, 60)), SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            kills += 1
+        await end(process)
+        await commands.responder.settle()
+    replies = read_lines(output)
+    assert [reply["generated_text"] for reply in replies] == [f"acme/{i % 5} answers prompt {i}" for i in range(400)]
+    assert len({reply["request_id"] for reply in replies}) == 400
+    assert commands.responder.asked == {reply["request_id"]: 1 for reply in replies}
+    assert kills == 4
 
 
 async def test_a_batch_without_answers_ends_and_goes_on_later(commands: Commands) -> None:

@@ -246,11 +246,21 @@ def test_kcat(served: Serving, kcat: str) -> None:
         check=True,
         timeout=30,
     )
+    from_the_beginning = [
+        "-X",
+        "isolation.level=read_committed",
+        "-o",
+        "beginning",
+        "-e",
+        "-q",
+        "-f",
+        "%h %s\n",
+    ]
     until = time.monotonic() + 60
     replies: list[dict[str, Any]] = []
     while not replies and time.monotonic() < until:
         read = subprocess.run(
-            [kcat, "-C", "-b", servers, "-t", topics["replies_topic"], "-o", "beginning", "-e", "-q", "-f", "%h %s\n"],
+            [kcat, "-C", "-b", servers, "-t", topics["replies_topic"], *from_the_beginning],
             capture_output=True,
             check=True,
             timeout=30,

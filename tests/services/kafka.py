@@ -263,7 +263,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     print("kafka: starting …", flush=True)
     with contextlib.suppress(KeyboardInterrupt), KafkaCluster(port=arguments.port) as kafka:
-        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters"):
+        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters", "lora.control"):
             kafka.create_topic(topic, arguments.partitions)
             print(f"kafka: topic {topic}, {arguments.partitions} partitions", flush=True)
         print(

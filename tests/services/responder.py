@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Self
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.structs import ConsumerRecord
 
 from loramux_producer import Client
@@ -66,6 +66,7 @@ class Responder:
         self.records: list[ConsumerRecord[bytes, bytes]] = []
         self.asked: Counter[str] = Counter()
         self.limit: float = math.inf
+        self._read_to: Counter[TopicPartition] = Counter()
         self._held: list[tuple[Request, ConsumerRecord[bytes, bytes]]] = []
         self._topics = requests_topic, replies_topic, stream_topic
         self._servers = bootstrap_servers
@@ -96,6 +97,15 @@ class Responder:
         async with self._news:
             await self._news.wait_for(lambda: self.asked.total() >= count)
 
+    async def settle(self) -> None:
+        """Until every request that is in the topic has been read, and every reply to them acknowledged."""
+        number_of = self._consumer.partitions_for_topic(self._topics[0])
+        partitions = [TopicPartition(self._topics[0], number) for number in number_of]
+        ends = await self._consumer.end_offsets(partitions)
+        async with self._news:
+            await self._news.wait_for(lambda: all(self._read_to[p] >= ends[p] for p in partitions))
+        await self._producer.flush()
+
     async def _run(self) -> None:
         while True:
             batches = await self._consumer.getmany(timeout_ms=200)
@@ -105,6 +115,7 @@ class Responder:
                 self.records.append(record)
                 request = Request.from_json(record.value)
                 self.asked[request.request_id] += 1
+                self._read_to[TopicPartition(record.topic, record.partition)] = record.offset + 1
                 await self.answer(request, record)
             async with self._news:
                 self._news.notify_all()

@@ -30,7 +30,7 @@ class Serving:
 
 def client_of(kafka: KafkaCluster, topics: dict[str, str], **options: Any) -> Client:
     """A client on the topics of `worker_topics`, not started."""
-    names = ("requests_topic", "replies_topic", "stream_topic")
+    names = ("requests_topic", "replies_topic", "stream_topic", "control_topic")
     return Client(kafka.bootstrap_servers, **{name: topics[name] for name in names}, **{"timeout": 120, **options})
 
 

@@ -21,6 +21,7 @@ def worker_topics(create: Callable[[str, int], str], partitions: int = 4) -> dic
         "replies_topic": create("replies", partitions),
         "stream_topic": create("stream", partitions),
         "dead_letter_topic": create("dead-letters", 1),
+        "control_topic": create("control", 2),
     }
 
 

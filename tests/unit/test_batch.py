@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,41 @@ def write_input(folder: Path, requests: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-class FakeClient:
+class Standing:
+    """Where a client stands in the replies topic: at its end, or where it is told to resume."""
+
+    replies_topic = "replies"
+
+    def __init__(self) -> None:
+        self.resumed_at: dict[int, int] | None = None
+        self.reply_positions = {0: 7, 1: 0}
+        self.missed: list[tuple[bytes, bytes]] = []
+
+    def resume(self, positions: dict[int, int] | None, on_unclaimed: Callable[[bytes, bytes | None], None]) -> None:
+        self.resumed_at = positions
+        self.take_unclaimed = on_unclaimed
+
+    async def caught_up(self) -> None:
+        for correlation_id, value in self.missed:
+            self.take_unclaimed(correlation_id, value)
+
+
+class FakeClient(Standing):
     """Answers as the request's metadata says; a stand-in for Kafka and a worker, not for what is tested here."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: Counter[str] = Counter()
+        self.correlation_ids: set[bytes] = set()
         self.now = self.most = 0
         self.full = asyncio.Event()
         self.late: list[asyncio.Future[Reply]] = []
         self.hold = asyncio.Event()
         self.hold.set()
 
-    async def submit_request(self, request: Request, *, timeout: float) -> asyncio.Future[Reply]:
+    async def submit_request(self, request: Request, *, timeout: float, correlation_id: bytes) -> asyncio.Future[Reply]:
         self.asked[request.request_id] += 1
+        self.correlation_ids.add(correlation_id)
         self.now += 1
         self.most = max(self.most, self.now)
         if self.now == 8:
@@ -155,6 +177,57 @@ async def test_only_what_is_unanswered_is_asked(tmp_path: Path) -> None:
     assert set(client.asked) == {"r1", "r2", "r4", "r5", "r6", "r7", "r8"}
 
 
+async def test_what_an_earlier_run_asked_is_recognised(tmp_path: Path) -> None:
+    """Replies that came while nobody read are taken, and what is asked again is what was asked before."""
+    source = write_input(tmp_path, ({"prompt": f"{i}"} for i in range(6)))
+    first, second = FakeClient(), FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        asked = dict(BatchInput.check(source).requests(journal.batch_id))
+        journal.stand_at("replies", {0: 3, 1: 0})
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        name = journal.batch_id
+
+        def missed(line: object, reply: Reply | None) -> tuple[bytes, bytes]:
+            return f"{name}/{line}".encode(), b"{" if reply is None else reply.to_json()
+
+        second.missed = [
+            missed(1, ok("came while away")),
+            missed(1, ok("came while away, twice")),
+            missed(2, failed("final", ErrorCode.ADAPTER_NOT_FOUND)),
+            missed(3, failed("may pass")),
+            missed(4, None),
+            missed("x", ok("no line")),
+            (b"another client's/5", ok("another's").to_json()),
+            (b"", b""),
+        ]
+        await run(source, journal, second)
+        replies = [reply["request_id"] for reply in journal.replies()]
+        assert replies == ["came while away", "final", *(asked[line].request_id for line in (3, 4, 5, 6))]
+    assert second.resumed_at == {0: 3, 1: 0}
+    assert second.asked == {asked[line].request_id: 1 for line in (3, 4, 5, 6)}
+    assert second.correlation_ids == {f"{name}/{line}".encode() for line in (3, 4, 5, 6)}
+    with Journal(tmp_path / "j", DIGEST) as journal:
+        assert journal.positions("replies") == second.reply_positions
+        await run(source, journal, first)
+    assert not first.asked
+
+
+async def test_a_reply_that_comes_too_late_is_kept(tmp_path: Path) -> None:
+    source = write_input(tmp_path, ({"request_id": f"r{i}", "prompt": "x"} for i in range(10)))
+    lines = source.read_bytes().splitlines()
+    lines[0] = b'{"request_id":"r0","prompt":"x","metadata":{"answer":"late"}}'
+    source.write_bytes(b"\n".join(lines))
+    client = FakeClient()
+    with Journal(tmp_path / "j", DIGEST) as journal:
+
+        def on_answer(reply: Reply) -> None:
+            if len(journal) == 9:
+                client.take_unclaimed(f"{journal.batch_id}/1".encode(), ok("r0").to_json())
+
+        await run(source, journal, client, concurrency=2, on_answer=on_answer)
+        assert len(journal) == 10
+
+
 async def test_retryable_errors_are_asked_again_and_others_are_not(tmp_path: Path) -> None:
     answers = ["second time", "internal", "adapter_not_found", "adapter_unavailable", "ok", "large"]
     source = write_input(
@@ -217,8 +290,8 @@ async def test_a_reply_that_came_before_the_interruption_is_kept(tmp_path: Path)
     source = write_input(tmp_path, [{"request_id": "r", "prompt": "x"}])
     arrived: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-    class OneReply:
-        async def submit_request(self, request: Request, *, timeout: float) -> asyncio.Future[Reply]:
+    class OneReply(Standing):
+        async def submit_request(self, request: Request, **_: object) -> asyncio.Future[Reply]:
             asking.set()
             return arrived
 

@@ -8,6 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from loramux_schemas import (
+    Cancellation,
     ErrorCode,
     FinishReason,
     InvalidRequest,
@@ -15,6 +16,7 @@ from loramux_schemas import (
     Request,
     StreamDelta,
     TokenLogprob,
+    UnparseableMessage,
     Usage,
     asyncapi,
     json_schema,
@@ -59,6 +61,15 @@ BAD_REQUESTS: list[dict[str, Any]] = [
     {"request_id": "r", "prompt": "x", "parameters": {"stop": "a"}},
     {"request_id": "r", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
 ]
+BAD_CANCELLATIONS: list[dict[str, Any]] = [
+    {"type": "cancel"},
+    {"request_id": "r"},
+    {"type": "stop", "request_id": "r"},
+    {"type": "cancel", "request_id": ""},
+    {"type": "cancel", "request_id": "r" * 257},
+    {"type": "cancel", "request_id": 5},
+    {"type": "cancel", "request_id": "r", "reason": "x"},
+]
 
 
 @pytest.mark.parametrize("payload", GOOD_REQUESTS)
@@ -97,6 +108,14 @@ def test_replies_and_deltas_follow_the_schema() -> None:
     Draft202012Validator(json_schema()).validate(json.loads(delta.to_json()))
 
 
+def test_cancellations_follow_the_schema() -> None:
+    validator("Cancellation").validate(json.loads(Cancellation.of("r").to_json()))
+    for payload in BAD_CANCELLATIONS:
+        assert not validator("Cancellation").is_valid(payload)
+        with pytest.raises(UnparseableMessage):
+            Cancellation.from_json(json.dumps(payload).encode())
+
+
 def test_documents_are_json_and_every_reference_leads_somewhere() -> None:
     for document in (json_schema(), asyncapi()):
         assert json.loads(json.dumps(document)) == document
@@ -119,10 +138,11 @@ def test_asyncapi_tells_topics_keys_headers_and_payloads() -> None:
     document = asyncapi()
     assert document["asyncapi"] == "3.0.0"
     addresses = {channel["address"] for channel in document["channels"].values()}
-    assert addresses == {"lora.requests", "lora.replies", "lora.stream", "lora.dead-letters"}
+    assert addresses == {"lora.requests", "lora.replies", "lora.stream", "lora.dead-letters", "lora.control"}
     actions = {operation["channel"]["$ref"]: operation["action"] for operation in document["operations"].values()}
     assert actions == {
         "#/channels/requests": "receive",
+        "#/channels/control": "receive",
         "#/channels/replies": "send",
         "#/channels/stream": "send",
         "#/channels/deadLetters": "send",
@@ -130,6 +150,9 @@ def test_asyncapi_tells_topics_keys_headers_and_payloads() -> None:
     messages = document["components"]["messages"]
     assert "kafka_replyPartition" in messages["request"]["headers"]["properties"]
     assert "kafka_dlt-original-offset" in messages["deadLetter"]["headers"]["properties"]
+    cancellation = messages.pop("cancellation")
+    assert cancellation["payload"] == {"$ref": "#/components/schemas/Cancellation"}
+    assert cancellation["bindings"]["kafka"]["key"]["description"] == "The request_id."
     assert all("correlation_id" in message["headers"]["properties"] for message in messages.values())
     assert all("key" in message["bindings"]["kafka"] for message in messages.values())
     schema = {"$ref": "#/components/schemas/Request", "components": document["components"]}

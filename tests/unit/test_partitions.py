@@ -99,6 +99,24 @@ def test_turns_are_taken_when_nothing_is_in_flight() -> None:
     assert taken == set(shard_partitions("acme/support", 12, 2))
 
 
+@settings(deadline=None)
+@given(st.none() | adapters, counts, st.text(min_size=1, max_size=40))
+def test_a_request_that_may_come_again_goes_where_it_went(adapter: str | None, count: int, request_id: str) -> None:
+    first, later = PartitionChooser(shards=3), PartitionChooser(shards=3)
+    for _ in range(5):
+        later.take(adapter, count)
+    partition = first.take(adapter, count, request_id)
+    assert later.take(adapter, count, request_id) == partition
+    assert partition in (range(count) if adapter is None else shard_partitions(adapter, count, 3))
+
+
+def test_requests_that_may_come_again_spread_over_the_shards() -> None:
+    chooser = PartitionChooser(shards=3)
+    taken = Counter(chooser.take("acme/support", 12, f"r{i}") for i in range(900))
+    assert set(taken) == set(shard_partitions("acme/support", 12, 3))
+    assert max(taken.values()) < 360
+
+
 class Choosing(RuleBasedStateMachine):
     """Requests come and go while the topic grows: the chosen shard is always one of the least loaded."""
 

@@ -21,6 +21,8 @@ from loramux_schemas import (
     UnparseableMessage,
 )
 from loramux_worker.adapters.catalog import AdapterCatalog
+from loramux_worker.cancellations import Cancellations
+from loramux_worker.dedupe import Answered, Duplicates, Key
 from loramux_worker.deltas import DeltaStream
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
@@ -50,6 +52,8 @@ class Answerer:
         pool: EnginePool,
         replies: ReplyWriter,
         post: Callable[[OutgoingRecord], Awaitable[None]],
+        cancellations: Cancellations,
+        duplicates: Duplicates,
     ) -> None:
         self._topics = topics
         self._tokenizers = tokenizers
@@ -57,6 +61,8 @@ class Answerer:
         self._pool = pool
         self._replies = replies
         self._post = post
+        self._cancellations = cancellations
+        self._duplicates = duplicates
 
     async def __call__(self, record: Record) -> tuple[OutgoingRecord, ...]:
         """Answer one record. Raises nothing but `CancelledError`."""
@@ -72,16 +78,28 @@ class Answerer:
         structlog.contextvars.bind_contextvars(request_id=request.request_id, adapter_id=adapter_id)
         try:
             route = self._route(record)
-            answer = await self._run(request, route, watch)
         except RequestFailed as error:
             return (self._replies.failed(request, route, error, watch.timing(None)),)
+        # What hangs on headers is decided above, for each message: an equal one may be somebody else's.
+        reply = await self._duplicates.answer(Key.of(record), lambda: self._answer(request, route, watch))
+        return (self._replies.readdressed(reply, route),)
+
+    async def _answer(self, request: Request, route: ReplyRoute, watch: Stopwatch) -> Answered:
+        try:
+            with self._cancellations.scope(request.request_id):
+                answer = await self._run(request, route, watch)
+        except RequestFailed as error:
+            failed = error
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a bug of ours, or a panic in Rust, must cost one request, not the worker
             log.exception("request_crashed")
             failed = RequestFailed(ErrorCode.INTERNAL, f"the worker failed: {type(error).__name__}")
-            return (self._replies.failed(request, route, failed, watch.timing(None)),)
-        return (self._replies.answered(request, route, answer, watch.timing(answer.generation.timing)),)
+        else:
+            timing = watch.timing(answer.generation.timing)
+            return Answered(self._replies.answered(request, route, answer, timing), is_final=True)
+        reply = self._replies.failed(request, route, failed, watch.timing(None))
+        return Answered(reply, is_final=not failed.code.retryable)
 
     def _route(self, record: Record) -> ReplyRoute:
         try:

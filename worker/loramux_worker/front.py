@@ -21,9 +21,12 @@ from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.store import AdapterStore
 from loramux_worker.answer import Answerer
+from loramux_worker.cancellations import Cancellations
+from loramux_worker.dedupe import Duplicates
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.health import HealthServer
 from loramux_worker.kafka.commits import PlainCommits
+from loramux_worker.kafka.control import ControlReader
 from loramux_worker.kafka.delivery import AtLeastOnce, Delivery
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
@@ -205,8 +208,25 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     stack.push_async_callback(publisher.close)
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
     replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, metrics)
+    cancellations = Cancellations(settings.cancel_memory)
+    control = ControlReader(
+        connection,
+        settings.control_topic,
+        memory=settings.cancel_memory,
+        on_cancel=cancellations.cancel,
+        startup_timeout=settings.startup_timeout,
+    )
+    await control.start()
+    stack.push_async_callback(control.close)
     answerer = Answerer(
-        topics=topics, tokenizers=tokenizers, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
+        topics=topics,
+        tokenizers=tokenizers,
+        catalog=catalog,
+        pool=pool,
+        replies=replies,
+        post=publisher.send_soon,
+        cancellations=cancellations,
+        duplicates=Duplicates(settings.dedupe_window, on_copy=metrics.duplicates.inc),
     )
     exactly_once = None
     if settings.delivery == "exactly_once":
@@ -278,6 +298,7 @@ def _topics_by_flag(settings: WorkerSettings) -> dict[str, str]:
         "--replies-topic": settings.replies_topic,
         "--stream-topic": settings.stream_topic,
         "--dead-letter-topic": settings.dead_letter_topic,
+        "--control-topic": settings.control_topic,
     }
 
 

@@ -37,6 +37,7 @@ class Metrics:
             return Histogram(f"loramux_{name}", help_text, registry=self.registry, buckets=buckets)
 
         self.requests = counter("requests", "Requests answered.", "adapter", "outcome")
+        self.duplicates = counter("duplicates", "Messages that came again and were answered from the first.")
         self.tokens = counter("tokens", "Tokens of answered requests.", "adapter", "kind")
         self.dead_letters = counter("dead_letters", "Messages that were no request.", "reason")
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From Kafka's timestamp on.")

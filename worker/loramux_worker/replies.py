@@ -126,6 +126,10 @@ class ReplyWriter:
         reply = Reply.failure(ErrorCode.INVALID_REQUEST, reason, request_id=None, worker=self._worker)
         return (letter, self._record(route, reply))
 
+    def readdressed(self, reply: OutgoingRecord, route: ReplyRoute) -> OutgoingRecord:
+        """The same reply for whoever `route` leads to."""
+        return replace(reply, topic=route.topic or self._topics.replies, headers=route.echo, partition=route.partition)
+
     def instead(self, record: Record, refused: OutgoingRecord, reason: str) -> OutgoingRecord:
         """What to send, on a default topic, in place of a record that the cluster does not take."""
         if refused.topic == self._topics.dead_letters:

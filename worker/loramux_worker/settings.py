@@ -29,6 +29,7 @@ from pydantic_settings import (
 )
 
 from loramux_schemas import (
+    CONTROL_TOPIC,
     DEAD_LETTERS_TOPIC,
     REPLIES_TOPIC,
     REQUESTS_TOPIC,
@@ -108,12 +109,20 @@ class WorkerSettings(BaseSettings):
     replies_topic: str = Field(REPLIES_TOPIC, description="where replies go")
     stream_topic: str = Field(STREAM_TOPIC, description="where token deltas go")
     dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
+    control_topic: str = Field(CONTROL_TOPIC, description="where cancellations are read; every worker reads all of it")
     create_topics: bool = Field(False, description="create topics that are missing")
     reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once",
         description="exactly_once: in transactions, seen once by read_committed readers; "
         "at_least_once: a reply may come twice",
+    )
+
+    dedupe_window: Seconds = Field(
+        600.0, description="how long a message that comes again is answered from the first; 0 runs each"
+    )
+    cancel_memory: Seconds = Field(
+        600.0, description="how long a cancelled request_id is remembered, for requests that are not read yet"
     )
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

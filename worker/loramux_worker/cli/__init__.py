@@ -1,4 +1,4 @@
-"""The command `loramux`: one file a command here, `adapters` a folder of them, `send` and `batch` from the client.
+"""The command `loramux`: one file a command here, `adapters` a folder of them; `send`, `batch`, `cancel`: the client's.
 
 Nothing is imported before the command that needs it runs, so that the client's commands work without torch and
 `--help` is quick. Every error that a person can cause is one line on stderr and exit code 2.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from loramux_producer.commands import batch, send
+from loramux_producer.commands import batch, cancel, send
 from loramux_worker.cli.adapters import adapters
 from loramux_worker.cli.broker import broker
 from loramux_worker.cli.demo import demo
@@ -32,7 +32,7 @@ app.command(
         "help_option_names": [],  # the settings print their own help
     }
 )(worker)
-for command in (demo, send, batch, schema, broker):
+for command in (demo, send, batch, cancel, schema, broker):
     app.command()(command)
 app.add_typer(adapters)
 

@@ -23,7 +23,7 @@ class Document(StrEnum):
 def schema(
     document: Annotated[Document, typer.Argument(help="Which document to print.")] = Document.BOTH,
 ) -> None:
-    """Print the JSON Schema and the AsyncAPI 3 document of requests, replies and deltas."""
+    """Print the JSON Schema and the AsyncAPI 3 document of requests, replies, deltas and cancellations."""
     documents = {"json-schema": json_schema, "asyncapi": asyncapi}
     printed = (
         {name: build() for name, build in documents.items()} if document is Document.BOTH else documents[document]()
