@@ -24,10 +24,12 @@ from loramux_schemas import (
     REPLIES_TOPIC,
     REQUESTS_TOPIC,
     STREAM_TOPIC,
+    Headers,
     KafkaConnection,
     Reply,
     Request,
 )
+from loramux_schemas.handshake import diagnose
 from loramux_schemas.headers import CORRELATION_ID, REPLY_TO
 
 
@@ -44,6 +46,7 @@ class Client:
     `shards_per_adapter`: how many partitions the requests of one adapter are spread over.
     `connect_timeout`: seconds that `start()` may take.
     `metadata_max_age`: seconds after which partitions added to a topic are noticed.
+    `headers`: Kafka headers of every request, as `[("tenant", b"acme")]`.
 
     Raises `ValueError` naming the setting that is wrong.
     """
@@ -61,11 +64,13 @@ class Client:
         shards_per_adapter: int = 2,
         connect_timeout: float = 30.0,
         metadata_max_age: float = 10.0,
+        headers: Headers = (),
     ) -> None:
         if connection is None:
             connection = kafka_connection(bootstrap_servers=bootstrap_servers or DEFAULT_SERVERS)
         elif bootstrap_servers is not None:
             raise ValueError("bootstrap_servers: given together with connection, which names its own")
+        self._connection = connection
         self._servers = connection.bootstrap_servers
         self._options: dict[str, Any] = {
             **connection.client_options(),
@@ -76,6 +81,7 @@ class Client:
         self._connect_timeout = connect_timeout
         # A worker answers on its own replies topic unless told otherwise: a name of one's own must be told.
         self._reply_to = [] if replies_topic == REPLIES_TOPIC else [(REPLY_TO, replies_topic.encode())]
+        self._headers = tuple(headers)
         self._pending = PendingReplies()
         self._partitions = PartitionChooser(shards_per_adapter)
         self._sender = RequestSender(requests_topic, self._options)
@@ -205,7 +211,7 @@ class Client:
             partition=partition,
             key=(request.adapter_id or "").encode(),
             value=request.to_json(),
-            headers=[(CORRELATION_ID, pending.correlation_id), *self._reply_to],
+            headers=[(CORRELATION_ID, pending.correlation_id), *self._reply_to, *self._headers],
         )
 
     def _sent(self, sending: asyncio.Task[None]) -> None:
@@ -229,9 +235,16 @@ class Client:
         except TimeoutError as error:
             raise ClientError(f"Kafka at {self._servers} did not answer within {self._connect_timeout:g} s") from error
         except (KafkaConnectionError, OSError) as error:
-            raise ClientError(f"no Kafka broker answers at {self._servers}") from error
+            raise ClientError(await self._why_unreachable()) from error
         except KafkaError as error:
             raise ClientError(f"Kafka at {self._servers}: {error}") from error
+
+    async def _why_unreachable(self) -> str:
+        diagnosis = await diagnose(self._connection)
+        if diagnosis is not None and diagnosis.permanent:
+            return f"Kafka refuses this client: {diagnosis.reason}"
+        reason = f" ({diagnosis.reason})" if diagnosis is not None else ""
+        return f"no Kafka broker answers at {self._servers}{reason}"
 
     def _tail(self, topic: str, take: Callable[[Sequence[tuple[str, bytes]], bytes | None], None]) -> TopicTail:
         def on_record(record: ConsumerRecord[bytes, bytes]) -> None:

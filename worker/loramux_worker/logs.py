@@ -1,7 +1,8 @@
 """Logs: one line an event on stderr, for people or (`json`) for machines.
 
-Prompts and completions are never logged. What is bound with `structlog.contextvars` (request_id, adapter_id) is on
-every line that is written on behalf of that request.
+Prompts, completions and secrets are never logged: a traceback shows lines of code and no values of variables, and the
+libraries that log what they send are heard from `warning` on. What is bound with `structlog.contextvars` (request_id,
+adapter_id) is on every line that is written on behalf of that request.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import sys
 
 import orjson
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
+
+# At level debug some of these write whole requests, with the headers and signed URLs that open doors.
+CHATTY = ("aiokafka", "transformers", "asyncio", "httpx", "httpcore", "urllib3", "botocore", "boto3")
 
 
 def configure_logs(log_format: str = "text", level: str = "info") -> None:
@@ -26,10 +31,12 @@ def configure_logs(log_format: str = "text", level: str = "info") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        shared.append(structlog.processors.dict_tracebacks)
+        shared.append(structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)))
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(_dumps)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -44,7 +51,7 @@ def configure_logs(log_format: str = "text", level: str = "info") -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for chatty in ("aiokafka", "transformers", "asyncio", "httpx"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     # its errors about brokers that are away come several a second; ours say it once, with what we do about it
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
