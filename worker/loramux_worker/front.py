@@ -21,6 +21,7 @@ from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.store import AdapterStore
 from loramux_worker.answer import Answerer
+from loramux_worker.authorization import Authorization
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.health import HealthServer
 from loramux_worker.kafka.delivery import AtLeastOnce, Delivery
@@ -173,6 +174,9 @@ async def _announce_ready(health: HealthServer) -> None:
 async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> tuple[Front, HealthServer]:
     """Start every part, the slow ones side by side; `stack` ends them in the opposite order."""
     connection = settings.connection
+    authorization = Authorization(settings.authorization_file, settings.tenant_header)
+    following = asyncio.create_task(authorization.follow())
+    stack.callback(following.cancel)
     metrics = Metrics()
     catalog = _catalog(settings, metrics)
     stack.push_async_callback(catalog.close)
@@ -199,7 +203,13 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
     replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, metrics)
     answerer = Answerer(
-        topics=topics, tokenizers=tokenizers, catalog=catalog, pool=pool, replies=replies, post=publisher.send_soon
+        topics=topics,
+        authorization=authorization,
+        tokenizers=tokenizers,
+        catalog=catalog,
+        pool=pool,
+        replies=replies,
+        post=publisher.send_soon,
     )
     intake = Intake(
         connection,

@@ -36,6 +36,7 @@ from loramux_schemas import (
     AdapterName,
     KafkaConnection,
 )
+from loramux_schemas.headers import TENANT
 from loramux_worker.errors import ConfigurationError
 
 
@@ -122,6 +123,10 @@ class WorkerSettings(BaseSettings):
     dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
     create_topics: bool = Field(False, description="create topics that are missing")
     reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")
+    authorization_file: Path | None = Field(
+        None, description="TOML file that says which tenant may use which adapters; none: everybody may use all"
+    )
+    tenant_header: str = Field(TENANT, min_length=1, description="Kafka header that names the tenant of a request")
     delivery: Literal["at_least_once"] = Field("at_least_once", description="a reply may come twice, never not at all")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
