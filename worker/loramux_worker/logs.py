@@ -1,7 +1,7 @@
 """Logs: one line an event on stderr, for people or (`json`) for machines.
 
-Prompts, completions and secrets are never logged: a traceback shows lines of code and no values of variables, and the
-libraries that log what they send are heard from `warning` on. What is bound with `structlog.contextvars` (request_id,
+Prompts, completions and secrets are never logged: a traceback shows lines of code and no values of variables, and other
+libraries are heard from `warning` on. What is bound with `structlog.contextvars` (request_id,
 adapter_id) is on every line that is written on behalf of that request.
 """
 
@@ -14,8 +14,9 @@ import orjson
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
-# At level debug some of these write whole requests, with the headers and signed URLs that open doors.
-CHATTY = ("aiokafka", "transformers", "asyncio", "httpx", "httpcore", "urllib3", "botocore", "boto3")
+# Of all others only warnings: at level debug HTTP libraries write whole requests, with the headers and signed URLs that
+# open doors, and new ones come with every new version of something.
+OWN = ("loramux_worker", "loramux_schemas", "loramux_producer", "loramux_kernels", "__main__")
 
 
 def configure_logs(log_format: str = "text", level: str = "info") -> None:
@@ -50,9 +51,10 @@ def configure_logs(log_format: str = "text", level: str = "info") -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    own_level = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(handlers=[handler], level=max(logging.WARNING, own_level), force=True)
+    for name in OWN:
+        logging.getLogger(name).setLevel(own_level)
     # its errors about brokers that are away come several a second; ours say it once, with what we do about it
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
