@@ -159,9 +159,9 @@ class KafkaConnection(BaseModel):
         return options
 
     def _sasl_options(self) -> dict[str, Any]:
-        from loramux_schemas.handshake import keep_credentials_out_of_logs  # aiokafka: not for who only reads messages
+        from loramux_schemas.handshake import prepare_sasl  # aiokafka: not for who only reads messages
 
-        keep_credentials_out_of_logs()
+        prepare_sasl()
         if self.sasl_mechanism in ("OAUTHBEARER", "AWS_MSK_IAM"):
             # MSK takes its signed requests as bearer tokens: what the Java client calls AWS_MSK_IAM has a wire form
             # of its own there.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import aiokafka.conn
 from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, collect_hosts
 from aiokafka.errors import (
     IllegalSaslStateError,
@@ -28,6 +29,7 @@ from loramux_schemas.connection import KafkaConnection
 from loramux_schemas.errors import printable
 
 STEP_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 1.0
 MAX_REASON_CHARS: Final = 300
 
 # A TLS alert (content type 21, version 3.x), read as the length of a Kafka response.
@@ -57,9 +59,14 @@ async def diagnose(connection: KafkaConnection) -> Diagnosis | None:
     return found
 
 
-def keep_credentials_out_of_logs() -> None:
-    """aiokafka logs every request at level DEBUG, those that carry passwords and tokens too: not those."""
-    logging.getLogger("aiokafka.conn").addFilter(_has_no_credentials)  # a second time it changes nothing
+def prepare_sasl() -> None:
+    """Mends what aiokafka does wrong with credentials, for all clients of this process; a second time it does nothing.
+
+    At level DEBUG it logs every request, those that carry passwords and tokens too. And it overlooks that a token was
+    refused, and then takes the broker's complaint for the answer to its next request: a cluster without brokers.
+    """
+    logging.getLogger("aiokafka.conn").addFilter(_has_no_credentials)
+    aiokafka.conn.OAuthAuthenticator = _AttentiveAuthenticator
 
 
 def _has_no_credentials(record: logging.LogRecord) -> bool:
@@ -77,8 +84,8 @@ async def _try(host: str, port: int, connection: KafkaConnection, options: dict[
     except (KafkaError, OSError, TimeoutError) as error:
         return _explain(error, probe.step, f"{host}:{port}", connection)
     finally:
-        if probe.connected():
-            await asyncio.wait([probe.close()], timeout=STEP_SECONDS)
+        if probe._protocol is not None:  # it was connected; connect() closes what it gives up, and does not wait
+            await asyncio.wait([probe.close()], timeout=CLOSE_SECONDS)
 
 
 class _Probe(AIOKafkaConnection):  # type: ignore[misc] # aiokafka is untyped
@@ -94,12 +101,9 @@ class _Probe(AIOKafkaConnection):  # type: ignore[misc] # aiokafka is untyped
         self.step = "authenticate"
         await super()._do_sasl_handshake()
 
-    def authenticator_oauth(self) -> OAuthAuthenticator:
-        return _TellingAuthenticator(sasl_oauth_token_provider=self._sasl_oauth_token_provider)
 
-
-class _TellingAuthenticator(OAuthAuthenticator):  # type: ignore[misc] # aiokafka is untyped
-    """A broker that does not take a token answers with the reason (RFC 7628 §3.2.2), which aiokafka overlooks."""
+class _AttentiveAuthenticator(OAuthAuthenticator):  # type: ignore[misc] # aiokafka is untyped
+    """Reads the answer to a token: empty, or why the broker does not take it (RFC 7628 §3.2.2)."""
 
     async def step(self, payload: bytes | None) -> Any:
         if payload:
