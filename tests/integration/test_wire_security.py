@@ -32,7 +32,7 @@ from tiny_models import TinyModel, make_model
 pytestmark = pytest.mark.kafka
 
 STARTUP_TIMEOUT = 30.0
-AT_ONCE = 8.0  # seconds, on a busy machine: a refusal is known within one
+AT_ONCE = 20.0  # seconds for all refusals of this file, on a busy machine: one takes less than one
 
 
 @dataclass(frozen=True)
@@ -105,27 +105,32 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-async def test_what_is_wrong_is_told_at_once(cluster: KafkaCluster, case: str) -> None:
+async def test_what_is_wrong_is_told_at_once(cluster: KafkaCluster) -> None:
     """By the worker's part as by the client, in one line without the password, long before they stop waiting."""
-    mechanism, changes, said = WRONG[case]
     assert cluster.security is not None
     words = {"STRANGER": str(cluster.security.stranger_file), "PLAIN LISTENER": cluster.bootstrap_servers}
-    changes = {name: words.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
-    connection = KafkaConnection(**settings(cluster, mechanism, **changes))
+
+    async def told(case: str) -> tuple[str, str]:
+        mechanism, changes, _ = WRONG[case]
+        known = {name: words.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+        connection = KafkaConnection(**settings(cluster, mechanism, **known))
+        with pytest.raises(ConfigurationError) as worker:
+            await started_admin(connection, timeout=STARTUP_TIMEOUT)
+        with pytest.raises(ClientError) as client:
+            await Client(connection=connection, connect_timeout=STARTUP_TIMEOUT).start()
+        return str(worker.value), str(client.value)
+
     begun = time.monotonic()
-    with pytest.raises(ConfigurationError) as worker:
-        await started_admin(connection, timeout=STARTUP_TIMEOUT)
-    with pytest.raises(ClientError) as client:
-        await Client(connection=connection, connect_timeout=STARTUP_TIMEOUT).start()
+    lines = dict(zip(WRONG, await asyncio.gather(*map(told, WRONG)), strict=True))
     assert time.monotonic() - begun < AT_ONCE
     await all_closed()
-    for error, beginning in ((worker, "--bootstrap-servers: 127.0.0.1:"), (client, "Kafka refuses this client: ")):
-        line = str(error.value)
-        assert line.startswith(beginning)
-        assert said in line
-        assert line.isprintable()
-        assert "h7nter2" not in line
+    for case, (worker_line, client_line) in lines.items():
+        assert worker_line.startswith("--bootstrap-servers: 127.0.0.1:"), case
+        assert client_line.startswith("Kafka refuses this client: 127.0.0.1:"), case
+        for line in (worker_line, client_line):
+            assert WRONG[case][2] in line, case
+            assert line.isprintable(), case
+            assert "h7nter2" not in line, case
 
 
 async def all_closed(seconds: float = 10.0) -> None:
@@ -138,7 +143,7 @@ async def all_closed(seconds: float = 10.0) -> None:
 
 
 class TokenEndpoint(BaseHTTPRequestHandler):
-    """Gives tokens that live for two seconds."""
+    """Gives tokens that live for a second and a half."""
 
     server: Any
 
@@ -147,7 +152,7 @@ class TokenEndpoint(BaseHTTPRequestHandler):
         self.server.given += 1
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"access_token": unsigned_token(2.0), "expires_in": 2}).encode())
+        self.wfile.write(json.dumps({"access_token": unsigned_token(1.5), "expires_in": 1.5}).encode())
 
     def log_message(self, *_: Any) -> None:
         """Silence."""
@@ -174,7 +179,7 @@ async def test_records_flow_on_while_tokens_expire(cluster: KafkaCluster) -> Non
         ):
             for i in range(12):
                 await producer.send_and_wait("expiring", str(i).encode())
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.35)
             until = time.monotonic() + 30
             while len(received) < 12 and time.monotonic() < until:
                 for records in (await consumer.getmany(timeout_ms=200)).values():
