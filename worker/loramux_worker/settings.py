@@ -102,6 +102,10 @@ class WorkerSettings(BaseSettings):
         validate_default=True,
         description="adapter ids to load at start, separated by commas (also LORA_ADAPTERS)",
     )
+    authorization_file: Path | None = Field(
+        None, description="TOML file that says which tenant may use which adapters; none: everybody may use all"
+    )
+    tenant_header: str = Field(TENANT, min_length=1, description="Kafka header that names the tenant of a request")
 
     bootstrap_servers: str = _of_kafka("bootstrap_servers")
     security_protocol: str = _of_kafka("security_protocol")
@@ -123,10 +127,6 @@ class WorkerSettings(BaseSettings):
     dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
     create_topics: bool = Field(False, description="create topics that are missing")
     reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")
-    authorization_file: Path | None = Field(
-        None, description="TOML file that says which tenant may use which adapters; none: everybody may use all"
-    )
-    tenant_header: str = Field(TENANT, min_length=1, description="Kafka header that names the tenant of a request")
     delivery: Literal["at_least_once"] = Field("at_least_once", description="a reply may come twice, never not at all")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
