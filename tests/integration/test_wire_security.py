@@ -295,9 +295,7 @@ async def test_replies_go_to_no_topic_of_others(secured: Secured) -> None:
     assert codes == dict.fromkeys(refused, "invalid_request")
 
 
-def loramux(
-    arguments: list[str], environment: dict[str, Any], seconds: float = 60.0
-) -> subprocess.CompletedProcess[str]:
+def loramux(arguments: list[str], environment: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """A command with settings from its environment."""
     variables = {f"LORAMUX_{name.upper()}": str(value) for name, value in environment.items()}
     return subprocess.run(
@@ -316,7 +314,6 @@ def test_commands_take_the_same_settings(secured: Secured) -> None:
     asked = loramux(["send", "hello", "-n", "2", "--json", "-H", "tenant=acme"], {**right, **topics})
     assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout)["status"] == "ok"
-    begun = time.monotonic()
     refused = loramux(["send", "hello"], {**right, **topics, "sasl_password": "h7nter2"})
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("loramux: Kafka refuses this client: ")
@@ -326,7 +323,6 @@ def test_commands_take_the_same_settings(secured: Secured) -> None:
     assert worker.stderr.splitlines()[-1].startswith("loramux: --bootstrap-servers: 127.0.0.1:")
     assert "refuses user 'alice' by SCRAM-SHA-256" in worker.stderr
     assert "h7nter2" not in refused.stderr + worker.stderr
-    assert time.monotonic() - begun < 50  # with the imports of two processes, and less than one of the timeouts
 
 
 def test_no_secret_is_in_logs_and_metrics(secured: Secured) -> None:
