@@ -26,6 +26,7 @@ from loramux_schemas import (
     REQUESTS_TOPIC,
     STREAM_TOPIC,
     Cancellation,
+    Headers,
     KafkaConnection,
     Reply,
     Request,
@@ -47,6 +48,7 @@ class Client:
     `shards_per_adapter`: how many partitions the requests of one adapter are spread over.
     `connect_timeout`: seconds that `start()` may take.
     `metadata_max_age`: seconds after which partitions added to a topic are noticed.
+    `headers`: Kafka headers of every request, as `[("tenant", b"acme")]`.
 
     Raises `ValueError` naming the setting that is wrong.
     """
@@ -65,6 +67,7 @@ class Client:
         shards_per_adapter: int = 2,
         connect_timeout: float = 30.0,
         metadata_max_age: float = 10.0,
+        headers: Headers = (),
     ) -> None:
         if connection is None:
             connection = kafka_connection(bootstrap_servers=bootstrap_servers or DEFAULT_SERVERS)
@@ -76,10 +79,11 @@ class Client:
             "metadata_max_age_ms": int(metadata_max_age * 1000),
         }
         self._timeout = valid_timeout(timeout)
-        self._connecting = partial(connecting, servers=connection.bootstrap_servers, seconds=connect_timeout)
+        self._connecting = partial(connecting, connection=connection, seconds=connect_timeout)
         self.replies_topic = replies_topic
         # A worker answers on its own replies topic unless told otherwise: a name of one's own must be told.
         self._reply_to = [] if replies_topic == REPLIES_TOPIC else [(REPLY_TO, replies_topic.encode())]
+        self._headers = tuple(headers)
         self._pending = PendingReplies()
         self._partitions = PartitionChooser(shards_per_adapter)
         self._sender = RequestSender(requests_topic, self._options)
@@ -259,7 +263,7 @@ class Client:
             partition=partition,
             key=(request.adapter_id or "").encode(),
             value=request.to_json(),
-            headers=[(CORRELATION_ID, pending.correlation_id), *self._reply_to],
+            headers=[(CORRELATION_ID, pending.correlation_id), *self._reply_to, *self._headers],
         )
 
     def _sent(self, sending: asyncio.Task[None]) -> None:

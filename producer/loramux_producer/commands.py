@@ -14,7 +14,6 @@ import typer
 from loramux_producer import options
 from loramux_producer.batch import Batch, BatchInput
 from loramux_producer.client import Client
-from loramux_producer.connection import DEFAULT_SERVERS, kafka_connection
 from loramux_producer.errors import ClientError, ReplyFailed, Unanswered
 from loramux_producer.journal import Journal
 from loramux_producer.requests import build_request
@@ -29,10 +28,20 @@ from loramux_producer.terminal import (
     fail,
     progress_bar,
 )
-from loramux_schemas import CONTROL_TOPIC, REPLIES_TOPIC, REQUESTS_TOPIC, STREAM_TOPIC, Cancellation, Request
+from loramux_schemas import (
+    CONTROL_TOPIC,
+    REPLIES_TOPIC,
+    REQUESTS_TOPIC,
+    STREAM_TOPIC,
+    Cancellation,
+    KafkaConnection,
+    Request,
+)
 
 
+@options.with_connection
 def send(
+    connection: KafkaConnection,
     prompt_argument: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; read from stdin if there is none.")
     ] = None,
@@ -52,17 +61,10 @@ def send(
         list[str] | None,
         typer.Option("--parameter", "-P", metavar="KEY=VALUE", help="Any other field, as seed=7. Repeat."),
     ] = None,
+    header: options.Header = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the reply.")] = 60.0,
-    bootstrap_servers: options.BootstrapServers = DEFAULT_SERVERS,
-    security_protocol: options.SecurityProtocol = "PLAINTEXT",
-    sasl_mechanism: options.SaslMechanism = "PLAIN",
-    sasl_username: options.SaslUsername = None,
-    sasl_password: options.SaslPassword = None,
-    ssl_cafile: options.SslCafile = None,
-    ssl_certfile: options.SslCertfile = None,
-    ssl_keyfile: options.SslKeyfile = None,
     requests_topic: options.RequestsTopic = REQUESTS_TOPIC,
     replies_topic: options.RepliesTopic = REPLIES_TOPIC,
     stream_topic: options.StreamTopic = STREAM_TOPIC,
@@ -78,16 +80,6 @@ def send(
             fields.update(temperature=temperature, do_sample=temperature > 0)
         fields.update(options.other_fields(parameter or []))
         request = build_request(_prompt(prompt_argument, prompt, fields), **fields)
-        connection = kafka_connection(
-            bootstrap_servers=bootstrap_servers,
-            security_protocol=security_protocol,
-            sasl_mechanism=sasl_mechanism,
-            sasl_username=sasl_username,
-            sasl_password=sasl_password,
-            ssl_cafile=ssl_cafile,
-            ssl_certfile=ssl_certfile,
-            ssl_keyfile=ssl_keyfile,
-        )
         client = Client(
             connection=connection,
             requests_topic=requests_topic,
@@ -95,43 +87,33 @@ def send(
             stream_topic=stream_topic,
             control_topic=control_topic,
             timeout=timeout,
+            headers=options.record_headers(header or []),
         )
         answer = _streamed_answer if stream else _whole_answer
         asyncio.run(answer(client, request, JsonPrinter() if as_json else TextPrinter()))
 
 
+@options.with_connection
 def batch(
+    connection: KafkaConnection,
     source: Annotated[Path, typer.Argument(metavar="IN.JSONL", help="One request a line; request_id optional.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.JSONL", help="The replies, in the order of the input.")],
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests at a time.")] = 256,
     retries: Annotated[int, typer.Option("--retries", min=0, help="How often a retryable error is asked again.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that one request may take.")] = 600.0,
+    header: options.Header = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
-    bootstrap_servers: options.BootstrapServers = DEFAULT_SERVERS,
-    security_protocol: options.SecurityProtocol = "PLAINTEXT",
-    sasl_mechanism: options.SaslMechanism = "PLAIN",
-    sasl_username: options.SaslUsername = None,
-    sasl_password: options.SaslPassword = None,
-    ssl_cafile: options.SslCafile = None,
-    ssl_certfile: options.SslCertfile = None,
-    ssl_keyfile: options.SslKeyfile = None,
     requests_topic: options.RequestsTopic = REQUESTS_TOPIC,
     replies_topic: options.RepliesTopic = REPLIES_TOPIC,
 ) -> None:
     """Ask every request of a file; run again after an interruption, it asks only what is unanswered."""
     with exits():
-        connection = kafka_connection(
-            bootstrap_servers=bootstrap_servers,
-            security_protocol=security_protocol,
-            sasl_mechanism=sasl_mechanism,
-            sasl_username=sasl_username,
-            sasl_password=sasl_password,
-            ssl_cafile=ssl_cafile,
-            ssl_certfile=ssl_certfile,
-            ssl_keyfile=ssl_keyfile,
-        )
         client = Client(
-            connection=connection, requests_topic=requests_topic, replies_topic=replies_topic, timeout=timeout
+            connection=connection,
+            requests_topic=requests_topic,
+            replies_topic=replies_topic,
+            timeout=timeout,
+            headers=options.record_headers(header or []),
         )
         journal_path = output.with_name(f"{output.name}.partial")
         if output.exists() and not overwrite and not journal_path.exists():
@@ -153,32 +135,16 @@ def batch(
             fail(f"{journal.num_errors} of {len(journal)} replies in {output} are errors", ExitCode.NO_ANSWER)
 
 
+@options.with_connection
 def cancel(
+    connection: KafkaConnection,
     request_ids: Annotated[list[str], typer.Argument(metavar="REQUEST_ID...", help="Whose requests to stop.")],
-    bootstrap_servers: options.BootstrapServers = DEFAULT_SERVERS,
-    security_protocol: options.SecurityProtocol = "PLAINTEXT",
-    sasl_mechanism: options.SaslMechanism = "PLAIN",
-    sasl_username: options.SaslUsername = None,
-    sasl_password: options.SaslPassword = None,
-    ssl_cafile: options.SslCafile = None,
-    ssl_certfile: options.SslCertfile = None,
-    ssl_keyfile: options.SslKeyfile = None,
     requests_topic: options.RequestsTopic = REQUESTS_TOPIC,
     replies_topic: options.RepliesTopic = REPLIES_TOPIC,
     control_topic: options.ControlTopic = CONTROL_TOPIC,
 ) -> None:
     """Have requests stopped, whoever asked them; what is answered already stays as it is."""
     with exits():
-        connection = kafka_connection(
-            bootstrap_servers=bootstrap_servers,
-            security_protocol=security_protocol,
-            sasl_mechanism=sasl_mechanism,
-            sasl_username=sasl_username,
-            sasl_password=sasl_password,
-            ssl_cafile=ssl_cafile,
-            ssl_certfile=ssl_certfile,
-            ssl_keyfile=ssl_keyfile,
-        )
         client = Client(
             connection=connection,
             requests_topic=requests_topic,

@@ -2,77 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import orjson
 import typer
 
+from loramux_producer.connection import kafka_connection
+from loramux_producer.terminal import exits
+from loramux_schemas import KafkaConnection
+
 PANEL: Final = "Kafka"
 ROLES: Final = ("system", "user", "assistant", "tool")
 
-BootstrapServers = Annotated[
-    str,
-    typer.Option(
-        "--bootstrap-servers", envvar="LORAMUX_BOOTSTRAP_SERVERS", help="host:port, comma-separated.",
-        rich_help_panel=PANEL,
-    ),
-]  # fmt: skip
-SecurityProtocol = Annotated[
-    str,
-    typer.Option(
-        "--security-protocol", envvar="LORAMUX_SECURITY_PROTOCOL",
-        help="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.", rich_help_panel=PANEL,
-    ),
-]  # fmt: skip
-SaslMechanism = Annotated[
-    str,
-    typer.Option(
-        "--sasl-mechanism", envvar="LORAMUX_SASL_MECHANISM",
-        help="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.", rich_help_panel=PANEL,
-    ),
-]  # fmt: skip
-SaslUsername = Annotated[
-    str | None, typer.Option("--sasl-username", envvar="LORAMUX_SASL_USERNAME", rich_help_panel=PANEL)
-]
-SaslPassword = Annotated[
-    str | None,
-    typer.Option(
-        "--sasl-password",
-        envvar="LORAMUX_SASL_PASSWORD",
-        help="Better from the environment.",
-        rich_help_panel=PANEL,
-    ),
-]
-SslCafile = Annotated[
-    str | None,
-    typer.Option(
-        "--ssl-cafile",
-        envvar="LORAMUX_SSL_CAFILE",
-        help="PEM file with the authorities.",
-        rich_help_panel=PANEL,
-    ),
-]
-SslCertfile = Annotated[
-    str | None,
-    typer.Option(
-        "--ssl-certfile", envvar="LORAMUX_SSL_CERTFILE", help="PEM file with the client's certificate.",
-        rich_help_panel=PANEL,
-    ),
-]  # fmt: skip
-SslKeyfile = Annotated[
-    str | None,
-    typer.Option(
-        "--ssl-keyfile",
-        envvar="LORAMUX_SSL_KEYFILE",
-        help="PEM file with the client's key.",
-        rich_help_panel=PANEL,
-    ),
-]
 RequestsTopic = Annotated[str, typer.Option("--requests-topic", envvar="LORAMUX_REQUESTS_TOPIC", rich_help_panel=PANEL)]
 RepliesTopic = Annotated[str, typer.Option("--replies-topic", envvar="LORAMUX_REPLIES_TOPIC", rich_help_panel=PANEL)]
 ControlTopic = Annotated[str, typer.Option("--control-topic", envvar="LORAMUX_CONTROL_TOPIC", rich_help_panel=PANEL)]
 StreamTopic = Annotated[str, typer.Option("--stream-topic", envvar="LORAMUX_STREAM_TOPIC", rich_help_panel=PANEL)]
+Header = Annotated[
+    list[str] | None,
+    typer.Option("--header", "-H", metavar="KEY=VALUE", help="A Kafka header of the requests, as tenant=acme. Repeat."),
+]
+
+
+def record_headers(arguments: list[str]) -> list[tuple[str, bytes]]:
+    """`key=value` arguments as headers of a record. Raises `ValueError`."""
+    pairs = [argument.partition("=") for argument in arguments]
+    for argument, (name, equals, _) in zip(arguments, pairs, strict=True):
+        if not (name and equals):
+            raise ValueError(f"--header {argument}: expected key=value")
+    return [(name, value.encode()) for name, _, value in pairs]
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each setting of KafkaConnection in place of its parameter `connection`."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        with exits():
+            connection = kafka_connection(**{name: arguments.pop(name) for name in KafkaConnection.settings()})
+            command(connection=connection, **arguments)
+
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    del parameters["connection"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_option(name))
+        for name, field in KafkaConnection.settings().items()
+    ]
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined] # typer reads it
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return run
+
+
+def _option(name: str) -> Any:
+    field = KafkaConnection.model_fields[name]
+    help_text = field.description or ""
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        envvar=f"LORAMUX_{name.upper()}",
+        help=f"{help_text[:1].upper()}{help_text[1:]}.",
+        rich_help_panel=PANEL,
+    )
+    return Annotated[str if field.default is not None else str | None, option]
 
 
 def chat_messages(arguments: list[str]) -> list[dict[str, str]] | None:

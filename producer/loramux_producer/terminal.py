@@ -62,34 +62,23 @@ def exits() -> Iterator[None]:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-class _LastError(logging.Handler):
-    """Keeps the last error that aiokafka logs: it says why a broker cannot be reached, its exceptions do not."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.message = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.message = " ".join(record.getMessage().split())
-
-
 @contextlib.asynccontextmanager
 async def connected(client: Client) -> AsyncIterator[Client]:
     """The started client, closed at the end; where it cannot start, the command ends with exit code 2."""
-    last_error = _LastError()
-    # With a handler of its own, aiokafka does not write its log to the terminal, between our lines.
-    logging.getLogger("aiokafka").addHandler(last_error)
+    # What aiokafka logs, the client's errors say too: with a handler it does not write to the terminal.
+    silence = logging.NullHandler()
+    logging.getLogger("aiokafka").addHandler(silence)
     try:
         try:
             await client.start()
         except ClientError as error:
-            fail(f"{error} ({last_error.message})" if last_error.message else str(error), ExitCode.USAGE)
+            fail(str(error), ExitCode.USAGE)
         try:
             yield client
         finally:
             await client.close()
     finally:
-        logging.getLogger("aiokafka").removeHandler(last_error)
+        logging.getLogger("aiokafka").removeHandler(silence)
 
 
 @contextlib.asynccontextmanager

@@ -136,6 +136,12 @@ def _messages() -> dict[str, Any]:
         names.SPRING_REPLY_TOPIC: "Spring's reply topic; must be allowed by the worker.",
         names.SPRING_REPLY_PARTITION: "Spring's reply partition: int32, big-endian.",
     }
+    asking = {
+        **echoed,
+        **routing,
+        names.TENANT: "On whose behalf, where workers have an --authorization-file; "
+        "the header's name is their --tenant-header.",
+    }
     origin = {
         names.DEAD_LETTER_TOPIC: "The topic that the message came from.",
         names.DEAD_LETTER_PARTITION: "Its partition: int32, big-endian.",
@@ -144,9 +150,9 @@ def _messages() -> dict[str, Any]:
     }
     adapter_key = "The adapter_id; empty for the base model."
     request_key = "The request_id; none where it could not be read."
-    dead_letter = _message("Dead letter", None, "The key of the original message.", {**echoed, **routing, **origin})
+    dead_letter = _message("Dead letter", None, "The key of the original message.", {**asking, **origin})
     return {
-        "request": _message("Request", Request, adapter_key, {**echoed, **routing}),
+        "request": _message("Request", Request, adapter_key, asking),
         "reply": _message("Reply", Reply, request_key, echoed),
         "delta": _message("Stream delta", StreamDelta, "The request_id.", echoed),
         "cancellation": _message("Cancellation", Cancellation, "The request_id.", {}),

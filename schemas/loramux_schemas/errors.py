@@ -42,6 +42,7 @@ class ErrorCode(StrEnum):
     """Why a request has no text: the `error.code` of a reply."""
 
     INVALID_REQUEST = "invalid_request"
+    FORBIDDEN = "forbidden"
     ADAPTER_NOT_FOUND = "adapter_not_found"
     ADAPTER_INVALID = "adapter_invalid"
     ADAPTER_UNAVAILABLE = "adapter_unavailable"

@@ -16,6 +16,7 @@ from loramux_schemas.topics import is_topic_name
 CORRELATION_ID: Final = "correlation_id"
 REPLY_TO: Final = "reply_to"
 TRACEPARENT: Final = "traceparent"
+TENANT: Final = "tenant"  # unless the worker's --tenant-header says another
 
 SPRING_CORRELATION_ID: Final = "kafka_correlationId"
 SPRING_REPLY_TOPIC: Final = "kafka_replyTopic"

@@ -27,6 +27,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.install import kafka_libs
+from services.kafka_security import LISTENERS, WireSecurity
 from services.process import ServerFailed, ServerProcess, free_port, tail
 
 JVM = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.awt.headless=true"]
@@ -46,7 +47,6 @@ PROPERTIES = {
     "process.roles": "broker,controller",
     "controller.listener.names": "CONTROLLER",
     "inter.broker.listener.name": "PLAINTEXT",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "auto.create.topics.enable": "false",
     "offsets.topic.num.partitions": "4",
     "transaction.state.log.num.partitions": "4",
@@ -69,19 +69,28 @@ class KafkaCluster:
     `bootstrap_servers` is the address for clients. Calls block until what they ask for has happened: where an
     event loop must go on meanwhile, run them through `asyncio.to_thread`. Raises ServiceMissing when Kafka is
     not installed, ServerFailed (with the broker's log) when it does not start.
+
+    `security` adds listeners with TLS and SASL (`servers("SASL_SSL")`); the plain one stays, for the rest.
     """
 
-    def __init__(self, brokers: int = 1, *, port: int | None = None) -> None:
+    def __init__(self, brokers: int = 1, *, port: int | None = None, security: WireSecurity | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="loramux-kafka-"))
         self.ports = [port if port is not None and i == 0 else free_port() for i in range(brokers)]
         self._controller_ports = [free_port() for _ in range(brokers)]
         self._directory_ids = [random_id() for _ in range(brokers)]
         self._brokers: dict[int, ServerProcess] = {}
+        self.security = security
+        names = LISTENERS if security is not None else ()
+        self._secure_ports = {name: [free_port() for _ in range(brokers)] for name in names}
 
     @property
     def bootstrap_servers(self) -> str:
         """`host:port` of every broker, joined by commas."""
         return ",".join(f"127.0.0.1:{port}" for port in self.ports)
+
+    def servers(self, listener: str) -> str:
+        """`bootstrap_servers` of a listener of `security`: SASL_SSL or SSL."""
+        return ",".join(f"127.0.0.1:{port}" for port in self._secure_ports[listener])
 
     @property
     def log_paths(self) -> list[Path]:
@@ -167,6 +176,7 @@ class KafkaCluster:
         for i in range(len(self.ports)):
             self._properties_path(i).write_text(self._properties(i))
             command: list[str | Path] = ["format", "-t", cluster_id, "-c", self._properties_path(i), *voters]
+            command += self.security.scram_arguments if self.security is not None else []
             formatting.append(self._java(i, "kafka.tools.StorageTool", command))
         for process in formatting:
             if process.wait(START_SECONDS) != 0:
@@ -192,8 +202,12 @@ class KafkaCluster:
 
     def _properties(self, i: int) -> str:
         replicas = min(3, len(self.ports))
-        listeners = f"PLAINTEXT://127.0.0.1:{self.ports[i]},CONTROLLER://127.0.0.1:{self._controller_ports[i]}"
+        ports = {"PLAINTEXT": self.ports, "CONTROLLER": self._controller_ports, **self._secure_ports}
+        listeners = ",".join(f"{name}://127.0.0.1:{of_broker[i]}" for name, of_broker in ports.items())
+        protocols = {name: "PLAINTEXT" if name == "CONTROLLER" else name for name in ports}
         own: dict[str, object] = {
+            "listener.security.protocol.map": ",".join(f"{name}:{kind}" for name, kind in protocols.items()),
+            **(self.security.broker_properties if self.security is not None else {}),
             "node.id": i,
             "listeners": listeners,
             "advertised.listeners": listeners,

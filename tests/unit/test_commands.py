@@ -43,19 +43,23 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["send", "x", "-n", "0"], "parameters.max_new_tokens: "),
         (["send"], "no prompt: stdin is empty"),
         (["send", "x", "--security-protocol", "TLS"], "security_protocol: "),
-        (["send", "x", "--security-protocol", "SASL_SSL"], "security_protocol SASL_SSL needs sasl_username"),
+        (
+            ["send", "x", "--security-protocol", "SASL_SSL"],
+            "security_protocol SASL_SSL with sasl_mechanism PLAIN needs sasl_username",
+        ),
         (
             ["send", "x", "--security-protocol", "SSL", "--ssl-cafile", "absent.pem"],
             "ssl_cafile: cannot read absent.pem",
         ),
+        (["send", "x", "-H", "tenant"], "--header tenant: expected key=value"),
         (["send", "x", "--bootstrap-servers", "nowhere"], "bootstrap_servers: 'nowhere' is not host:port"),
-        (["send", "x"], f"no Kafka broker answers at {NOBODY} (Unable connect"),
+        (["send", "x"], f"no Kafka broker answers at {NOBODY} ({NOBODY}: "),
         (["batch", "absent.jsonl", "out.jsonl"], "absent.jsonl: No such file"),
         (["batch", "bad.jsonl", "out.jsonl"], "bad.jsonl, line 2: not JSON"),
         (["batch", "good.jsonl", "bad.jsonl"], "bad.jsonl exists: remove it, or give --overwrite"),
         (["batch", "good.jsonl", "absent/out.jsonl"], "absent/out.jsonl.partial: No such file"),
         (["batch", "good.jsonl", "out.jsonl", "--timeout", "nan"], "timeout: nan is not a positive number"),
-        (["batch", "good.jsonl", "out.jsonl"], f"no Kafka broker answers at {NOBODY} (Unable connect"),
+        (["batch", "good.jsonl", "out.jsonl"], f"no Kafka broker answers at {NOBODY} ({NOBODY}: "),
     ],
 )
 def test_one_line_and_exit_code_2(tmp_path: Path, arguments: Sequence[str], message: str) -> None:

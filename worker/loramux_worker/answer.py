@@ -21,6 +21,7 @@ from loramux_schemas import (
     UnparseableMessage,
 )
 from loramux_worker.adapters.catalog import AdapterCatalog
+from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Answered, Duplicates, Key
 from loramux_worker.deltas import DeltaStream
@@ -47,6 +48,7 @@ class Answerer:
         self,
         *,
         topics: Topics,
+        authorization: Authorization,
         tokenizers: Tokenizers,
         catalog: AdapterCatalog,
         pool: EnginePool,
@@ -56,6 +58,7 @@ class Answerer:
         duplicates: Duplicates,
     ) -> None:
         self._topics = topics
+        self._authorization = authorization
         self._tokenizers = tokenizers
         self._catalog = catalog
         self._pool = pool
@@ -78,6 +81,7 @@ class Answerer:
         structlog.contextvars.bind_contextvars(request_id=request.request_id, adapter_id=adapter_id)
         try:
             route = self._route(record)
+            self._authorization.check(record.headers, request.adapter)
         except RequestFailed as error:
             return (self._replies.failed(request, route, error, watch.timing(None)),)
         # What hangs on headers is decided above, for each message: an equal one may be somebody else's.
@@ -106,7 +110,8 @@ class Answerer:
             route = ReplyRoute.from_headers(record.headers)
         except ValueError as error:
             raise RequestFailed(ErrorCode.INVALID_REQUEST, str(error)) from None
-        if route.topic is not None and not self._topics.allows(route.topic):
+        # never back to where requests come from, whatever the patterns say
+        if route.topic is not None and (route.topic == record.topic or not self._topics.allows(route.topic)):
             raise RequestFailed(ErrorCode.INVALID_REQUEST, f"reply_to: {route.topic} is not in --reply-topics")
         return route
 

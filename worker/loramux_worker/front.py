@@ -21,6 +21,7 @@ from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.store import AdapterStore
 from loramux_worker.answer import Answerer
+from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Duplicates
 from loramux_worker.engine.config import EngineConfig
@@ -180,6 +181,9 @@ async def _announce_ready(health: HealthServer) -> None:
 async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> tuple[Front, HealthServer]:
     """Start every part, the slow ones side by side; `stack` ends them in the opposite order."""
     connection = settings.connection
+    authorization = Authorization(settings.authorization_file, settings.tenant_header)
+    following = asyncio.create_task(authorization.follow())
+    stack.callback(following.cancel)
     metrics = Metrics()
     catalog = _catalog(settings, metrics)
     stack.push_async_callback(catalog.close)
@@ -220,6 +224,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     stack.push_async_callback(control.close)
     answerer = Answerer(
         topics=topics,
+        authorization=authorization,
         tokenizers=tokenizers,
         catalog=catalog,
         pool=pool,

@@ -1,7 +1,8 @@
 """Logs: one line an event on stderr, for people or (`json`) for machines.
 
-Prompts and completions are never logged. What is bound with `structlog.contextvars` (request_id, adapter_id) is on
-every line that is written on behalf of that request.
+Prompts, completions and secrets are never logged: a traceback shows lines of code and no values of variables, and other
+libraries are heard from `warning` on. What is bound with `structlog.contextvars` (request_id,
+adapter_id) is on every line that is written on behalf of that request.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import sys
 
 import orjson
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
+
+# Of all others only warnings: at level debug HTTP libraries write whole requests, with the headers and signed URLs that
+# open doors, and new ones come with every new version of something.
+OWN = ("loramux_worker", "loramux_schemas", "loramux_producer", "loramux_kernels", "__main__")
 
 
 def configure_logs(log_format: str = "text", level: str = "info") -> None:
@@ -26,10 +32,12 @@ def configure_logs(log_format: str = "text", level: str = "info") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        shared.append(structlog.processors.dict_tracebacks)
+        shared.append(structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)))
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(_dumps)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -43,9 +51,10 @@ def configure_logs(log_format: str = "text", level: str = "info") -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for chatty in ("aiokafka", "transformers", "asyncio", "httpx"):
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    own_level = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(handlers=[handler], level=max(logging.WARNING, own_level), force=True)
+    for name in OWN:
+        logging.getLogger(name).setLevel(own_level)
     # its errors about brokers that are away come several a second; ours say it once, with what we do about it
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 

@@ -40,8 +40,12 @@ class Topics:
     allowed_replies: tuple[str, ...] = ()
 
     def allows(self, topic: str) -> bool:
-        """Whether a request may have its reply sent there."""
-        return topic == self.replies or any(fnmatch.fnmatchcase(topic, p) for p in self.allowed_replies)
+        """Whether a request may have its reply sent there; topics of Kafka's own and our dead letters: only by name."""
+        if topic == self.replies or topic in self.allowed_replies:
+            return True
+        if topic.startswith("__") or topic == self.dead_letters:
+            return False
+        return any(fnmatch.fnmatchcase(topic, p) for p in self.allowed_replies)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from loramux_schemas import (
     AdapterName,
     KafkaConnection,
 )
+from loramux_schemas.headers import TENANT
 from loramux_worker.errors import ConfigurationError
 
 
@@ -65,6 +66,12 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
+def _of_kafka(name: str) -> Any:
+    """A setting of KafkaConnection, which checks it, with the default and the words that it has there."""
+    field = KafkaConnection.model_fields[name]
+    return Field(field.default, description=field.description)
+
+
 class WorkerSettings(BaseSettings):
     """Settings of `loramux worker`."""
 
@@ -78,6 +85,7 @@ class WorkerSettings(BaseSettings):
         cli_avoid_json=True,
         cli_prog_name="loramux worker",
         cli_exit_on_error=False,
+        hide_input_in_errors=True,
     )
 
     model: str = Field(description="base model: a local folder in Hugging Face format, or a hub id")
@@ -95,15 +103,24 @@ class WorkerSettings(BaseSettings):
         validate_default=True,
         description="adapter ids to load at start, separated by commas (also LORA_ADAPTERS)",
     )
+    authorization_file: Path | None = Field(
+        None, description="TOML file that says which tenant may use which adapters; none: everybody may use all"
+    )
+    tenant_header: str = Field(TENANT, min_length=1, description="Kafka header that names the tenant of a request")
 
-    bootstrap_servers: str = Field("localhost:9092", description="Kafka brokers, host:port separated by commas")
-    security_protocol: str = Field("PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL")
-    sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
-    sasl_username: str | None = Field(None, description="user of PLAIN and SCRAM")
-    sasl_password: SecretStr | None = Field(None, description="password of PLAIN and SCRAM")
-    ssl_cafile: str | None = Field(None, description="PEM file of the authorities that sign the brokers")
-    ssl_certfile: str | None = Field(None, description="PEM file of this client's certificate")
-    ssl_keyfile: str | None = Field(None, description="PEM file of this client's key")
+    bootstrap_servers: str = _of_kafka("bootstrap_servers")
+    security_protocol: str = _of_kafka("security_protocol")
+    sasl_mechanism: str = _of_kafka("sasl_mechanism")
+    sasl_username: str | None = _of_kafka("sasl_username")
+    sasl_password: SecretStr | None = _of_kafka("sasl_password")
+    sasl_oauthbearer_token_endpoint_url: str | None = _of_kafka("sasl_oauthbearer_token_endpoint_url")
+    sasl_oauthbearer_client_id: str | None = _of_kafka("sasl_oauthbearer_client_id")
+    sasl_oauthbearer_client_secret: SecretStr | None = _of_kafka("sasl_oauthbearer_client_secret")
+    sasl_oauthbearer_scope: str | None = _of_kafka("sasl_oauthbearer_scope")
+    sasl_aws_region: str | None = _of_kafka("sasl_aws_region")
+    ssl_cafile: str | None = _of_kafka("ssl_cafile")
+    ssl_certfile: str | None = _of_kafka("ssl_certfile")
+    ssl_keyfile: str | None = _of_kafka("ssl_keyfile")
     group_id: str = Field("loramux", description="consumer group: the workers that share the load")
     requests_topic: str = Field(REQUESTS_TOPIC, description="where requests are read")
     replies_topic: str = Field(REPLIES_TOPIC, description="where replies go")
@@ -179,7 +196,7 @@ class WorkerSettings(BaseSettings):
     @property
     def connection(self) -> KafkaConnection:
         """How to reach the brokers."""
-        said = {name: getattr(self, name) for name in KafkaConnection.model_fields}
+        said = {name: getattr(self, name) for name in KafkaConnection.settings()}
         return KafkaConnection(**{name: value for name, value in said.items() if value is not None})
 
 
@@ -213,7 +230,7 @@ def load_settings(arguments: list[str]) -> WorkerSettings:
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None
     except SettingsError as error:
-        raise ConfigurationError(" ".join(str(error).split())) from None
+        raise ConfigurationError(_without_values(str(error))) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"--config {file}: {error}") from None
     except ValueError as error:
@@ -234,6 +251,13 @@ def _config_file(arguments: list[str]) -> Path | None:
     return Path(named)
 
 
+def _without_values(message: str) -> str:
+    """argparse's complaint in one line; of flags that it does not know, their names: a value may be a secret."""
+    complaint, known, arguments = " ".join(message.split()).partition("unrecognized arguments: ")
+    flags = [word.partition("=")[0] for word in arguments.split() if word.startswith("-")]
+    return f"{complaint}{known}{' '.join(flags)}"
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
@@ -242,5 +266,6 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{name}: there is no such setting; see loramux worker --help"
     reason = first["msg"].removeprefix("Value error, ")
-    shown = "" if "password" in name or isinstance(first["input"], dict) else f" {first['input']!r}"
+    is_secret = name.endswith(("password", "secret", "url"))  # of a URL, the part before its @
+    shown = "" if is_secret or isinstance(first["input"], dict) else f" {first['input']!r}"
     return f"{name}{shown}: {reason}"

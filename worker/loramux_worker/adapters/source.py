@@ -30,6 +30,7 @@ CONNECT_TIMEOUT = 5.0  # seconds
 IDLE_TIMEOUT = 10.0  # seconds without a byte
 
 _QUERY = re.compile(r"\?\S+")
+_USER = re.compile(r"(?<!hf:)//[^/\s]*@")  # in hf:// templates a revision follows the @
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
@@ -91,7 +92,7 @@ def check_placeholder(template: str, place: str) -> None:
 
 def misconfigured(value: str, reason: str) -> ConfigurationError:
     """The error for a template that leads nowhere."""
-    return ConfigurationError(f"--adapter-uri {value}: {reason}")
+    return ConfigurationError(_USER.sub("//…@", f"--adapter-uri {value}: {reason}"))
 
 
 def unavailable(adapter_id: str, error: BaseException, *, denied: bool = False) -> RequestFailed:
@@ -104,10 +105,10 @@ def unavailable(adapter_id: str, error: BaseException, *, denied: bool = False) 
 def first_line(error: BaseException) -> str:
     """What obstore says before its debug output, with the code of the store's XML in place of the XML.
 
-    Without query strings: an Azure one can hold a signature.
+    Without query strings and without the user of a URL: an Azure one can hold a signature, and that one a password.
     """
     line, _, rest = str(error).partition("\n")
     line, xml, end = line.partition("<?xml")
     code = _CODE.search(end + rest) if xml else None
     shown = line.rstrip(" :") + ("" if code is None else f" ({code[1]})")
-    return _QUERY.sub("?…", shown)[:400]
+    return _USER.sub("//…@", _QUERY.sub("?…", shown))[:400]

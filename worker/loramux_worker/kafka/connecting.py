@@ -10,6 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from loramux_schemas import KafkaConnection
+from loramux_schemas.handshake import diagnose
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka.outage import Outage, explain
 
@@ -30,7 +31,7 @@ C = TypeVar("C", bound=Client)
 
 
 def client_options(connection: KafkaConnection) -> dict[str, Any]:
-    """`connection.client_options()`; a file that is unreadable is a ConfigurationError."""
+    """`connection.client_options()`; an unreadable file or a missing package is a ConfigurationError."""
     try:
         return connection.client_options()
     except ValueError as error:
@@ -46,7 +47,8 @@ async def started(
 ) -> C:
     """A started client. A client whose start failed is discarded and made anew.
 
-    Raises ConfigurationError when no broker answers within `timeout` seconds.
+    Raises ConfigurationError when no broker answers within `timeout` seconds, and soon when one answers that it
+    will not have us.
     """
     servers = connection.bootstrap_servers
     outage = Outage("start")
@@ -66,6 +68,11 @@ async def started(
                     reason = explain(error)
                     outage.failed(f"connecting to {servers}", error)
                 await asyncio.sleep(RETRY_SECONDS)
+                # A second look: what a broker does while it goes down looks like a refusal for a moment.
+                if (diagnosis := await diagnose(connection)) is not None:
+                    if diagnosis.permanent:
+                        raise ConfigurationError(f"--bootstrap-servers: {diagnosis.reason}")
+                    reason = diagnosis.reason
     except TimeoutError:
         raise ConfigurationError(
             f"--bootstrap-servers: no Kafka broker answered at {servers} within {timeout:g} s ({reason})"
