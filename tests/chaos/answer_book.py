@@ -82,7 +82,7 @@ def _save_model(path: Path) -> Any:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         bos_token_id=256,
         eos_token_id=EOS,
         pad_token_id=EOS,

@@ -81,21 +81,22 @@ def check(servers: str, topics: dict[str, str], asks: Iterable[Ask], book: Answe
         verdict.unasked += len(replies[request_id])
         verdict.note(f"nobody asked: {replies[request_id][0]}")
     for ask in by_id.values():
-        _check_replies(verdict, ask, replies.get(ask.request_id, []), book)
+        check_replies(verdict, ask, replies.get(ask.request_id, []), book)
     deltas: dict[str, list[StreamDelta]] = defaultdict(list)
     for message in read_all(servers, topics["stream_topic"]):
         delta = StreamDelta.from_json(message.value())
         deltas[delta.request_id].append(delta)
     for ask in by_id.values():
         if ask.stream and (final := replies.get(ask.request_id)) and final[0].status == "ok":
-            _check_stream(verdict, ask, deltas[ask.request_id], final[0])
+            check_stream(verdict, ask, deltas[ask.request_id], final[0])
     for message in read_all(servers, topics["dead_letter_topic"]):
         verdict.dead_letters += 1
         verdict.note(f"dead letter: {message.headers()}")
     return verdict
 
 
-def _check_replies(verdict: Verdict, ask: Ask, replies: list[Reply], book: AnswerBook) -> None:
+def check_replies(verdict: Verdict, ask: Ask, replies: list[Reply], book: AnswerBook) -> None:
+    """Judge what came for one request."""
     if not replies:
         verdict.lost += 1
         verdict.note(f"lost: {ask}")
@@ -121,7 +122,8 @@ def _check_replies(verdict: Verdict, ask: Ask, replies: list[Reply], book: Answe
         verdict.telling += sayers == [ask.adapter_id]
 
 
-def _check_stream(verdict: Verdict, ask: Ask, deltas: list[StreamDelta], reply: Reply) -> None:
+def check_stream(verdict: Verdict, ask: Ask, deltas: list[StreamDelta], reply: Reply) -> None:
+    """Judge the deltas of one request, in the order in which they lie in their partition."""
     first: dict[int, StreamDelta] = {}
     for delta in deltas:
         if first.setdefault(delta.index, delta) != delta:

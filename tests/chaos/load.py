@@ -15,6 +15,7 @@ from chaos.quiet import quiet_options
 
 TICK = 0.02  # seconds
 LARGEST_BURST = 120  # requests
+SMALL_BURST = 24
 STREAMED = 0.15  # of all requests
 
 
@@ -63,7 +64,7 @@ def draw_asks(generator: random.Random, book: AnswerBook, count: int, partitions
 
 
 class Load:
-    """Sends asks from a thread of its own, from `start` to `stop`, at `rate` requests a second on average.
+    """Sends asks from a thread of its own, from `start` to `stop`: `allowed` more of them, at `rate` a second on average.
 
     `sent` says when each was handed to the producer (monotonic seconds), `acknowledged` which ones the broker has:
     those must be answered. The producer is idempotent, so that no request is in the topic twice.
@@ -71,6 +72,7 @@ class Load:
 
     def __init__(self, servers: str, topic: str, asks: list[Ask], generator: random.Random) -> None:
         self.rate = 0.0
+        self.allowed = 0
         self.asks = {ask.request_id: ask for ask in asks}
         self.sent: dict[str, float] = {}
         self.acknowledged: set[str] = set()
@@ -88,6 +90,7 @@ class Load:
             }
         )
         self._ending = threading.Event()
+        self._burst_now = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
     @property
@@ -116,6 +119,10 @@ class Load:
             self._send_one()
         self._producer.poll(0)
 
+    def burst(self) -> None:
+        """Send a burst now, whatever the rate is (for a load that was started)."""
+        self._burst_now.set()
+
     def poll(self) -> None:
         """Take in acknowledgements (for a load that was not started)."""
         self._producer.poll(0)
@@ -127,9 +134,13 @@ class Load:
             now = time.monotonic()
             credit += (now - before) * self.rate
             before = now
+            if self._burst_now.is_set():
+                self._burst_now.clear()
+                self.send(SMALL_BURST)
             if credit >= burst:  # requests come in bursts: what dies, dies with work in hand
-                self.send(burst)
-                credit -= burst
+                self.send(min(burst, self.allowed))
+                self.allowed -= min(burst, self.allowed)
+                credit = 0.0
                 burst = self._generator.randint(1, LARGEST_BURST)
             self._producer.poll(0)
 
