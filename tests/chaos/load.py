@@ -64,7 +64,7 @@ def draw_asks(generator: random.Random, book: AnswerBook, count: int, partitions
 
 
 class Load:
-    """Sends asks from a thread of its own, from `start` to `stop`: `allowed` more of them, at `rate` a second on average.
+    """Sends asks from a thread of its own, from `start` to `stop`: `allowed` more, `rate` a second on average.
 
     `sent` says when each was handed to the producer (monotonic seconds), `acknowledged` which ones the broker has:
     those must be answered. The producer is idempotent, so that no request is in the topic twice.
@@ -101,6 +101,7 @@ class Load:
     @property
     def is_over(self) -> bool:
         """Whether all were sent, and every one acknowledged or failed."""
+        self.poll()
         return not self._waiting and len(self.acknowledged) + len(self.failures) == len(self.sent)
 
     def start(self) -> None:

@@ -146,8 +146,15 @@ class Scene:
         limit = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > limit:
-                raise TimeoutError(f"after {seconds:.0f} s it is not so that {what}; {self.outstanding()} unanswered")
+                raise TimeoutError(f"after {seconds:.0f} s it is not so that {what}; {self._unanswered()}")
             time.sleep(0.02)
+
+    def _unanswered(self) -> str:
+        """How many requests, and some of them."""
+        if not hasattr(self, "load"):
+            return "nothing was sent"
+        left = [f"{i} (partition {self.load.asks[i].partition})" for i in self.load.sent if i not in self.watch.seen]
+        return f"{len(left)} unanswered: {', '.join(left[:5])}" if left else "all is answered"
 
     def logs(self) -> str:
         """The ends of all logs."""

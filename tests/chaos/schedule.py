@@ -1,8 +1,9 @@
 """One fault after the other: in what order, when, and how long the system takes to recover from each.
 
 **Time to recover** is counted from the moment a fault strikes (for an outage: begins) to the answer of the last
-request that was sent before it or in the second after it, when a burst to all partitions is sent. After that, and once all workers
-are ready again, comes the next fault, at a random moment; half of them wait for a burst to be in work.
+request that was sent before it or in the second after it; a burst over all partitions is sent in that second. After
+that, and once all workers are ready again, comes the next fault, at a random moment; half of them wait for a burst of
+the load to be in work.
 """
 
 from __future__ import annotations
