@@ -42,7 +42,7 @@ async def test_others_of_its_partition_are_answered_meanwhile_and_not_again(
 ) -> None:
     topics = new_topics(kafka, partitions=1)
     with worker_on(kafka, book, topics) as worker, worker_on(kafka, book, topics, wait=False) as heir:
-        async with client_of(kafka, topics) as client:
+        async with client_of(kafka, topics, timeout=300) as client:
             slow = await client.submit("slow", max_new_tokens=3000, ignore_eos=True)
             quick = [
                 await client.submit(f"quick {i}", adapter_id=book.adapter_ids[i % 2], max_new_tokens=4)
@@ -69,7 +69,7 @@ async def test_a_request_that_three_engines_die_of_is_answered_and_dead_lettered
     topics = new_topics(kafka)
     servers = kafka.bootstrap_servers
     with worker_on(kafka, book, topics) as worker:
-        async with client_of(kafka, topics) as client:
+        async with client_of(kafka, topics, timeout=300) as client:
             stream = client.stream("deadly", max_new_tokens=4000, ignore_eos=True)
             with pytest.raises(ReplyFailed) as failure:
                 await kill_what_runs_it(stream, worker)
