@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 from chaos.faults import KINDS
 from chaos.report import Report
 from chaos.run import Options, run, run_zombies
 from chaos.scene import Scene
-from services.install import ServiceMissing
+from services.install import ServiceMissing, kafka_libs, versitygw
 from services.process import ServerFailed
 
 console = Console(stderr=True, highlight=False)
@@ -65,9 +67,13 @@ def main(
         minutes_limit,
         tuple(kind or ()),
     )
+    warnings.simplefilter("ignore")  # of PEFT and transformers about each other
+    disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        for locate in (kafka_libs, versitygw):  # what is missing is told before anything is made
+            locate()
         report = run_zombies(zombie, options, say) if zombie else _run_with_bar(options)
     except ServiceMissing as missing:
         console.print(str(missing), style="red")

@@ -57,6 +57,7 @@ class AnswerBook:
 
 def write_book(folder: Path, num_adapters: int) -> AnswerBook:
     """Make model and adapters, always the same ones, and have PEFT answer every prompt with each."""
+    torch.set_num_threads(1)  # threads that wait for one another at every tiny op
     torch.manual_seed(0)
     model = folder / "model"
     base = _save_model(model)

@@ -33,7 +33,7 @@ class Worker(WorkerProcess):
     """A worker with a small disk of its own, where the system allows that."""
 
     def __init__(self, scene: Scene) -> None:
-        self.disk = Path(tempfile.mkdtemp(prefix="loramux-chaos-disk-"))
+        self.disk = Path(tempfile.mkdtemp(prefix="disk-", dir=scene.folder.name))
         self.has_own_disk = scene.own_disks
         self.frozen: list[int] = []
         launcher = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", OWN_DISK, str(self.disk)]
@@ -41,7 +41,8 @@ class Worker(WorkerProcess):
             scene.kafka.bootstrap_servers,
             scene.book.model,
             wait=False,
-            environment={**scene.s3.environment, "OMP_NUM_THREADS": "1"},
+            # what a killed worker leaves behind goes with the scene
+            environment={**scene.s3.environment, "OMP_NUM_THREADS": "1", "TMPDIR": scene.folder.name},
             launcher=launcher if self.has_own_disk else (),
             disk_cache=self.disk,
             **scene.flags,
@@ -71,13 +72,13 @@ class Worker(WorkerProcess):
         if self.server.alive:
             self.server.kill()
         self.__exit__(None, None, None)
-        shutil.rmtree(self.disk, ignore_errors=True)
 
 
 class Scene:
     """Everything of a run; `start_workers` and `load.start` set it going."""
 
     def __init__(self, kafka: KafkaCluster, s3: S3Server, book: AnswerBook, *, partitions: int, delivery: str) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="loramux-scene-")
         self.kafka = kafka
         self.s3 = s3
         self.book = book
@@ -168,6 +169,7 @@ class Scene:
         for worker in list(self.workers):
             self.remove(worker)
         self.watch.close()
+        self.folder.cleanup()
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ import pytest
 
 from chaos.faults import KillBroker, KillWorker, Zombie
 from chaos.run import Options, run
+from loramux_worker.settings import WorkerSettings
 
 pytestmark = [pytest.mark.kafka, pytest.mark.s3]
 
-DELIVERY = "at_least_once"
+DELIVERY = WorkerSettings.model_fields["delivery"].default
 
 
 def test_every_request_is_answered_rightly_whatever_happens(capsys: pytest.CaptureFixture[str]) -> None:
