@@ -111,7 +111,7 @@ class Scene:
         self.load = load
         for _ in range(workers):
             self.start_worker()
-        self.wait_until(self.all_ready, 120, "workers are ready")
+        self.wait_until(self.all_ready, 300, "workers are ready")
 
     def start_worker(self) -> Worker:
         """One more worker, which gets ready by itself."""
