@@ -92,6 +92,14 @@ bench: setup ## the worker beside Hugging Face PEFT, through Apache Kafka
 	@$(PYTHON) tests/services/install.py --only kafka
 	PYTHONPATH=tests $(BIN)/python tests/benchmarks/bench_worker.py
 
+# Two runs with two seeds, one of them on three brokers, and the zombie by itself: about twenty minutes on two cores.
+.PHONY: chaos
+chaos: setup ## kill, stop, hang and fill a running system, and look whether each request is answered exactly once
+	@$(PYTHON) tests/services/install.py
+	PYTHONPATH=tests $(BIN)/python -m chaos --seed 1
+	PYTHONPATH=tests $(BIN)/python -m chaos --seed 2 --brokers 3
+	PYTHONPATH=tests $(BIN)/python -m chaos --seed 3 --zombie 20
+
 .PHONY: clean
 clean: ## remove .venv, builds and caches; the fetched servers stay in .services
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

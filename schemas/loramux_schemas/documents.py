@@ -146,7 +146,7 @@ def _messages() -> dict[str, Any]:
         names.DEAD_LETTER_TOPIC: "The topic that the message came from.",
         names.DEAD_LETTER_PARTITION: "Its partition: int32, big-endian.",
         names.DEAD_LETTER_OFFSET: "Its offset: int64, big-endian.",
-        names.DEAD_LETTER_MESSAGE: "Why it is no request.",
+        names.DEAD_LETTER_MESSAGE: "Why it is no request, or that engines died of it.",
     }
     adapter_key = "The adapter_id; empty for the base model."
     request_key = "The request_id; none where it could not be read."

@@ -192,6 +192,7 @@ async def test_answers_of_the_heir_are_not_given_again(
         assert zombie.lost == {(0, records[0].epoch)}
         again = await zombie.take(2)
         assert [record.value for record in again] == [b"1", b"2"]
+        assert zombie.intake.trouble is None, "ready again, though it has committed nothing since"
         await asyncio.gather(*map(zombie.answer, again))
     assert await answers(kafka, replies) == Counter(range(3))
 

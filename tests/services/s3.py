@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,16 @@ class S3Server:
         if self._server is not None:
             self._server.kill()
             self._server = None
+
+    def freeze(self) -> None:
+        """The server takes connections and says nothing (SIGSTOP) until `thaw`."""
+        if self._server is not None:
+            self._server.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Ends `freeze`."""
+        if self._server is not None:
+            self._server.signal(signal.SIGCONT)
 
     def recent_logs(self) -> str:
         """The last lines of the server's log."""

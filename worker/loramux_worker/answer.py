@@ -26,7 +26,7 @@ from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Answered, Duplicates, Key
 from loramux_worker.deltas import DeltaStream
 from loramux_worker.engine.protocol import AdapterReference
-from loramux_worker.errors import RequestFailed
+from loramux_worker.errors import Poisonous, RequestFailed
 from loramux_worker.generation import Generation
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.pool import EnginePool
@@ -85,10 +85,16 @@ class Answerer:
         except RequestFailed as error:
             return (self._replies.failed(request, route, error, watch.timing(None)),)
         # What hangs on headers is decided above, for each message: an equal one may be somebody else's.
-        reply = await self._duplicates.answer(Key.of(record), lambda: self._answer(request, route, watch))
-        return (self._replies.readdressed(reply, route),)
+        letters: list[OutgoingRecord] = []
+        reply = await self._duplicates.answer(
+            Key.of(record), lambda: self._answer(record, request, route, watch, letters)
+        )
+        return (*letters, self._replies.readdressed(reply, route))
 
-    async def _answer(self, request: Request, route: ReplyRoute, watch: Stopwatch) -> Answered:
+    async def _answer(
+        self, record: Record, request: Request, route: ReplyRoute, watch: Stopwatch, letters: list[OutgoingRecord]
+    ) -> Answered:
+        """The reply; what engines died of is put into `letters` too."""
         try:
             with self._cancellations.scope(request.request_id):
                 answer = await self._run(request, route, watch)
@@ -103,6 +109,9 @@ class Answerer:
             timing = watch.timing(answer.generation.timing)
             return Answered(self._replies.answered(request, route, answer, timing), is_final=True)
         reply = self._replies.failed(request, route, failed, watch.timing(None))
+        if isinstance(failed, Poisonous):
+            letters.append(self._replies.poisonous(record, failed))
+            return Answered(reply, is_final=True)  # once is enough
         return Answered(reply, is_final=not failed.code.retryable)
 
     def _route(self, record: Record) -> ReplyRoute:

@@ -30,7 +30,7 @@ from loramux_worker.engine.protocol import (
     decode_engine_message,
     encode,
 )
-from loramux_worker.errors import ConfigurationError, RequestFailed
+from loramux_worker.errors import ConfigurationError, Poisonous, RequestFailed
 from loramux_worker.generation import Generation
 
 log = structlog.get_logger(__name__)
@@ -229,6 +229,4 @@ class EngineClient:
             generation.engine_deaths += 1
             if generation.engine_deaths >= _MAX_DEATHS:
                 del self._generations[generation.sequence_id]
-                generation.fail(
-                    RequestFailed(ErrorCode.INTERNAL, f"{_MAX_DEATHS} engines died while working on this request")
-                )
+                generation.fail(Poisonous(f"{_MAX_DEATHS} engines died while working on this request"))

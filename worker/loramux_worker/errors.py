@@ -3,6 +3,7 @@
 LoramuxError
 ├── ConfigurationError   a person can mend it: one line, exit code 2
 └── RequestFailed        one request is answered with an error reply; nobody else notices
+    └── Poisonous        … and kept as a dead letter too: it took down the engines that worked on it
 """
 
 from __future__ import annotations
@@ -25,3 +26,10 @@ class RequestFailed(LoramuxError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+class Poisonous(RequestFailed):
+    """Engines died of one request: it is given up, answered, and kept as a dead letter for a person to look at."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.INTERNAL, message)

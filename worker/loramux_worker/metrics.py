@@ -39,7 +39,9 @@ class Metrics:
         self.requests = counter("requests", "Requests answered.", "adapter", "outcome")
         self.duplicates = counter("duplicates", "Messages that came again and were answered from the first.")
         self.tokens = counter("tokens", "Tokens of answered requests.", "adapter", "kind")
-        self.dead_letters = counter("dead_letters", "Messages that were no request.", "reason")
+        self.dead_letters = counter(
+            "dead_letters", "Messages kept for a person: no request, or engines died of them.", "reason"
+        )
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From Kafka's timestamp on.")
         self.inter_token_latency = histogram(
             "inter_token_latency_seconds", "Mean time between two tokens of a request.", _TOKEN_SECONDS

@@ -20,7 +20,7 @@ from loramux_schemas import (
     Usage,
 )
 from loramux_worker.engine.protocol import AdapterReference
-from loramux_worker.errors import RequestFailed
+from loramux_worker.errors import Poisonous, RequestFailed
 from loramux_worker.generation import Generation
 from loramux_worker.kafka.dead_letters import dead_letter
 from loramux_worker.kafka.records import OutgoingRecord, Record
@@ -129,6 +129,12 @@ class ReplyWriter:
             return (letter,)
         reply = Reply.failure(ErrorCode.INVALID_REQUEST, reason, request_id=None, worker=self._worker)
         return (letter, self._record(route, reply))
+
+    def poisonous(self, record: Record, error: Poisonous) -> OutgoingRecord:
+        """The dead letter of a request that took engines down; it is answered too."""
+        self._metrics.dead_letters.labels("poison").inc()
+        log.error("dead_letter", partition=record.partition, offset=record.offset, reason=error.message)
+        return dead_letter(record, self._topics.dead_letters, error.message)
 
     def readdressed(self, reply: OutgoingRecord, route: ReplyRoute) -> OutgoingRecord:
         """The same reply for whoever `route` leads to."""

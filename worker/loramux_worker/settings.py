@@ -125,7 +125,9 @@ class WorkerSettings(BaseSettings):
     requests_topic: str = Field(REQUESTS_TOPIC, description="where requests are read")
     replies_topic: str = Field(REPLIES_TOPIC, description="where replies go")
     stream_topic: str = Field(STREAM_TOPIC, description="where token deltas go")
-    dead_letter_topic: str = Field(DEAD_LETTERS_TOPIC, description="where messages go that are no request")
+    dead_letter_topic: str = Field(
+        DEAD_LETTERS_TOPIC, description="where messages go that are no request or that engines die of"
+    )
     control_topic: str = Field(CONTROL_TOPIC, description="where cancellations are read; every worker reads all of it")
     create_topics: bool = Field(False, description="create topics that are missing")
     reply_topics: Names = Field((), description="allowed reply_to topics, names or patterns (fnmatch), by commas")

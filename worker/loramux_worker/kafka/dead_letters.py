@@ -1,4 +1,4 @@
-"""A message that cannot be read as a request, kept for a person to look at."""
+"""A message that cannot be read as a request, or that engines died of, kept for a person to look at."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ class ExactlyOnce:
         for failure in fences:
             if failure is not None:
                 raise failure
-        return await committed(self._connection, self._group_id, self._topic, numbers)
+        commits = await committed(self._connection, self._group_id, self._topic, numbers)
+        self.outage.over()  # the next transaction may be long in coming, where nobody asks anything
+        return commits
 
     def opened(self, partition: Partition) -> None:
         """The partition may be committed from now on, perhaps again."""
