@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml $(LOCK)
 		fi; \
 	fi
 	@echo "setup: installing loramux and its development tools into $(VENV): once some minutes, 6 GB with PyTorch"
-	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
-	elif $(BIN)/python -m pip install --quiet uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
+	@if command -v uv >/dev/null; then uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
+	elif $(BIN)/python -m pip install --quiet uv; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(LOCK) --editable '.[dev]'; \
 	else $(BIN)/python -m pip install --quiet --editable '.[dev]'; fi
 	@touch $(STAMP)
 	@echo "setup: done"
