@@ -12,7 +12,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 
 import structlog
 import uvloop
@@ -25,6 +26,8 @@ from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Duplicates
 from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.protocol import AdapterMoved
+from loramux_worker.front_state import FrontCollector
 from loramux_worker.health import HealthServer
 from loramux_worker.kafka.commits import PlainCommits
 from loramux_worker.kafka.control import ControlReader
@@ -79,16 +82,21 @@ class Front:
         self._look_ahead = look_ahead
         self._tasks: dict[asyncio.Task[None], tuple[int, int]] = {}
         self._freed = asyncio.Event()
-        self._draining = False
+        self._drain_began: float | None = None
 
     @property
     def in_flight(self) -> int:
         """Requests that were taken and not answered yet."""
         return len(self._tasks)
 
+    @property
+    def draining_seconds(self) -> float:
+        """Seconds since the drain began, 0 before it."""
+        return 0.0 if self._drain_began is None else time.monotonic() - self._drain_began
+
     async def take_requests(self) -> None:
         """Take records and start answering them until `drain`."""
-        while not self._draining:
+        while self._drain_began is None:
             room = self._look_ahead - self.in_flight
             if room <= 0:
                 self._freed.clear()
@@ -101,7 +109,7 @@ class Front:
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka)."""
-        self._draining = True
+        self._drain_began = time.monotonic()
         self._freed.set()
         if self._tasks:
             log.info("draining", in_flight=self.in_flight, timeout=timeout)
@@ -184,8 +192,9 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     authorization = Authorization(settings.authorization_file, settings.tenant_header)
     following = asyncio.create_task(authorization.follow())
     stack.callback(following.cancel)
+    name = f"{socket.gethostname()}-{os.getpid()}"
     metrics = Metrics()
-    catalog = _catalog(settings, metrics)
+    catalog = _catalog(settings, metrics.moved)
     stack.push_async_callback(catalog.close)
     await ensure_topics(
         connection, _topics_by_flag(settings), create=settings.create_topics, startup_timeout=settings.startup_timeout
@@ -193,7 +202,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     topic, group_id = settings.requests_topic, settings.group_id
     if settings.delivery == "exactly_once":
         await require_transactions(connection, topic=topic, group_id=group_id, timeout=settings.startup_timeout)
-    pool = EnginePool(_engine_configs(settings))
+    pool = EnginePool(_engine_configs(settings), metrics.moved)
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
@@ -211,7 +220,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     await publisher.start()
     stack.push_async_callback(publisher.close)
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
-    replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, metrics)
+    replies = ReplyWriter(name, topics, metrics)
     cancellations = Cancellations(settings.cancel_memory)
     control = ControlReader(
         connection,
@@ -252,12 +261,14 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))
     if exactly_once is not None:
         metrics.registry.register(TransactionCollector(exactly_once))
-    health = HealthServer(
-        settings.http_host,
-        settings.http_port,
-        metrics.registry,
-        lambda: pool.is_ready and bool(intake.assigned) and intake.trouble is None and publisher.trouble is None,
+
+    def is_ready() -> bool:
+        return pool.is_ready and bool(intake.assigned) and intake.trouble is None and publisher.trouble is None
+
+    metrics.registry.register(
+        FrontCollector(name, settings.model, pool, front, is_ready=is_ready, drain_timeout=settings.drain_timeout)
     )
+    health = HealthServer(settings.http_host, settings.http_port, metrics.registry, is_ready)
     health.start()
     stack.callback(health.close)
     return front, health
@@ -284,7 +295,7 @@ def _devices(settings: WorkerSettings) -> list[str]:
     return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]
 
 
-def _catalog(settings: WorkerSettings, metrics: Metrics) -> AdapterCatalog:
+def _catalog(settings: WorkerSettings, on_load: Callable[[AdapterMoved], None]) -> AdapterCatalog:
     store = None
     if settings.adapter_uri is not None:
         store = AdapterStore(settings.adapter_uri, timeout=settings.adapter_timeout)
@@ -293,7 +304,7 @@ def _catalog(settings: WorkerSettings, metrics: Metrics) -> AdapterCatalog:
         DiskTier(settings.disk_cache, settings.disk_quota),
         revision_ttl=settings.revision_ttl,
         adapter_timeout=settings.adapter_timeout,
-        on_load=metrics.adapter_load.labels("store", "disk").observe,
+        on_load=on_load,
     )
 
 
