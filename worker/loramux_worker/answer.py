@@ -67,9 +67,8 @@ class Answerer:
         self._cancellations = cancellations
         self._duplicates = duplicates
 
-    async def __call__(self, record: Record) -> tuple[OutgoingRecord, ...]:
-        """Answer one record. Raises nothing but `CancelledError`."""
-        watch = Stopwatch(record.timestamp_ms)
+    async def __call__(self, record: Record, watch: Stopwatch) -> tuple[OutgoingRecord, ...]:
+        """Answer one record, whose `watch` was started when it was taken. Raises nothing but `CancelledError`."""
         route = ReplyRoute.unrouted(record.headers)
         try:
             request = Request.from_json(record.value)

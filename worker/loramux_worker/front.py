@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -44,8 +45,12 @@ from loramux_worker.metrics import Metrics, TransactionCollector, WorkerCollecto
 from loramux_worker.pool import EnginePool
 from loramux_worker.replies import ReplyWriter, Topics
 from loramux_worker.settings import WorkerSettings
+from loramux_worker.stopwatch import Stopwatch
 from loramux_worker.text.tokenizer import Tokenizer
 from loramux_worker.text.tokenizers import Tokenizers
+
+if TYPE_CHECKING:
+    from loramux_worker.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +78,7 @@ class Front:
         publisher: Publisher,
         delivery: Delivery,
         look_ahead: int,
+        tracing: Tracing | None = None,
     ) -> None:
         self._intake = intake
         self._answerer = answerer
@@ -80,6 +86,7 @@ class Front:
         self._publisher = publisher
         self._delivery = delivery
         self._look_ahead = look_ahead
+        self._tracing = tracing
         self._tasks: dict[asyncio.Task[None], tuple[int, int]] = {}
         self._freed = asyncio.Event()
         self._drain_began: float | None = None
@@ -123,12 +130,16 @@ class Front:
                 task.cancel()
 
     async def _answer(self, record: Record) -> None:
-        answers = await self._answerer(record)
+        watch = Stopwatch(record.timestamp_ms)
+        answers = await self._answerer(record, watch)
         try:
             await self._delivery.complete(record, tuple(self._fitting(record, answer) for answer in answers))
         except RecordRefused as refused:
             log.warning("answer_refused", topic=refused.record.topic, reason=refused.reason)
-            await self._delivery.complete(record, (self._replies.instead(record, refused.record, str(refused)),))
+            answers = (self._replies.instead(record, refused.record, str(refused)),)
+            await self._delivery.complete(record, answers)
+        if self._tracing is not None:
+            self._tracing.answered(record, answers, watch)
 
     def _fitting(self, record: Record, answer: OutgoingRecord) -> OutgoingRecord:
         if self._publisher.fits(answer):
@@ -194,7 +205,16 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     stack.callback(following.cancel)
     name = f"{socket.gethostname()}-{os.getpid()}"
     metrics = Metrics()
-    catalog = _catalog(settings, metrics.moved)
+    tracing = _tracing(settings, name)
+    if tracing is not None:
+        stack.push_async_callback(tracing.close)
+
+    def on_move(moved: AdapterMoved) -> None:
+        metrics.moved(moved)
+        if tracing is not None:
+            tracing.moved(moved)
+
+    catalog = _catalog(settings, on_move)
     stack.push_async_callback(catalog.close)
     await ensure_topics(
         connection, _topics_by_flag(settings), create=settings.create_topics, startup_timeout=settings.startup_timeout
@@ -202,7 +222,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     topic, group_id = settings.requests_topic, settings.group_id
     if settings.delivery == "exactly_once":
         await require_transactions(connection, topic=topic, group_id=group_id, timeout=settings.startup_timeout)
-    pool = EnginePool(_engine_configs(settings), metrics.moved)
+    pool = EnginePool(_engine_configs(settings), on_move)
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
@@ -255,7 +275,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
         session_timeout=settings.session_timeout,
     )
     delivery = exactly_once or AtLeastOnce(publisher, intake)
-    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead)
+    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead, tracing)
     await intake.start()
     stack.push_async_callback(intake.close)
     metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))
@@ -293,6 +313,14 @@ def _devices(settings: WorkerSettings) -> list[str]:
         return [settings.device] * (settings.engines or 1)
     gpus = torch.cuda.device_count()
     return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]
+
+
+def _tracing(settings: WorkerSettings, name: str) -> Tracing | None:
+    if settings.otlp_endpoint is None:
+        return None
+    from loramux_worker.tracing import Tracing  # an extra, and nothing to load where nobody looks
+
+    return Tracing(settings.otlp_endpoint, name, settings.group_id)
 
 
 def _catalog(settings: WorkerSettings, on_load: Callable[[AdapterMoved], None]) -> AdapterCatalog:

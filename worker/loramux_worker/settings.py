@@ -175,6 +175,13 @@ class WorkerSettings(BaseSettings):
     startup_timeout: Seconds = Field(30.0, description="how long to wait for a broker at the start")
     revision_ttl: Seconds = Field(60.0, description="how soon a new revision of an adapter is looked for")
     adapter_timeout: Seconds = Field(30.0, description="how long an adapter may take to arrive")
+    otlp_endpoint: str | None = Field(
+        default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
+        validate_default=True,
+        pattern="^https?://[^/]",
+        description="OpenTelemetry collector for traces, OTLP over HTTP, e.g. http://localhost:4318 "
+        "(also OTEL_EXPORTER_OTLP_ENDPOINT); none: no traces",
+    )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
     config: Path | None = Field(None, description="TOML file with any of these settings")

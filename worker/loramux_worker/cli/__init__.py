@@ -38,7 +38,7 @@ for command in (demo, send, batch, cancel, top, schema, broker):
 app.add_typer(adapters)
 
 
-_EXTRAS = {"confluent_kafka": "embedded", "textual": "top"}
+_EXTRAS = {"confluent_kafka": "embedded", "textual": "top", "opentelemetry": "tracing"}
 
 
 def main() -> None:
