@@ -134,6 +134,7 @@ class Answerer:
         self._pool.prefetch(await self._catalog.fetch(name))
         adapter = await self._catalog.acquire(name)
         leases.callback(self._catalog.release, adapter)
+        structlog.contextvars.bind_contextvars(revision=adapter.revision)
         return adapter
 
     async def _generate(

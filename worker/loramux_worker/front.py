@@ -63,7 +63,7 @@ def serve(settings: WorkerSettings) -> None:
     Raises:
         ConfigurationError: something a person must change before the worker can start.
     """
-    configure_logs(settings.log_format, settings.log_level)
+    configure_logs(settings.log_format, settings.log_level, settings.secrets)
     uvloop.run(_serve(settings))
 
 
@@ -110,7 +110,7 @@ class Front:
                 await self._freed.wait()
                 continue
             for record in await self._intake.take(room, _TAKE_TIMEOUT):
-                task = asyncio.create_task(self._answer(record))
+                task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
                 self._tasks[task] = (record.partition, record.epoch)
                 task.add_done_callback(self._finished)
 
@@ -130,6 +130,7 @@ class Front:
                 task.cancel()
 
     async def _answer(self, record: Record) -> None:
+        structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
         watch = Stopwatch(record.timestamp_ms)
         answers = await self._answerer(record, watch)
         try:
@@ -153,7 +154,7 @@ class Front:
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # the record stays undone: it is read again by whoever owns the partition next
-            log.error("answer_lost", error=repr(error))
+            log.error("answer_lost", record=task.get_name(), exc_info=error)
 
     async def _cancel(self, tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
@@ -240,7 +241,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     await publisher.start()
     stack.push_async_callback(publisher.close)
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
-    replies = ReplyWriter(name, topics, metrics)
+    replies = ReplyWriter(name, topics, metrics, log_text=settings.log_text)
     cancellations = Cancellations(settings.cancel_memory)
     control = ControlReader(
         connection,

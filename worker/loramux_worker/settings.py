@@ -8,6 +8,7 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -184,6 +185,7 @@ class WorkerSettings(BaseSettings):
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
+    log_text: bool = Field(False, description="log prompts and answers too: for development, they are your users'")
     config: Path | None = Field(None, description="TOML file with any of these settings")
 
     @field_validator("model")
@@ -199,6 +201,13 @@ class WorkerSettings(BaseSettings):
         for name in names:
             AdapterName.parse(name)
         return names
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no log may show: the password of Kafka, and those in addresses."""
+        password = () if self.sasl_password is None else (self.sasl_password.get_secret_value(),)
+        addresses = (urlsplit(address) for address in (self.adapter_uri, self.otlp_endpoint) if address)
+        return (*password, *(parts.password for parts in addresses if parts.password))
 
     @property
     def connection(self) -> KafkaConnection:
