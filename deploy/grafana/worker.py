@@ -91,12 +91,19 @@ def worker() -> Dashboard:
         )
         .with_panel(
             lines(
+                "transactions a second",
+                "short",
+                "Of exactly-once delivery, by how they ended.",
+                (m.rate("transactions_total", "outcome"), "{{outcome}}"),
+            )
+        )
+        .with_panel(
+            lines(
                 "lost deltas a minute",
                 "short",
                 "Pieces of streams that Kafka did not take; the replies are whole.",
                 (f"60 * {m.rate('lost_deltas_total', 'instance')}", each),
-                span=12,
             )
         )
-        .with_panel(lines("ready", "short", "1 while /readyz says 200.", (m.of("ready"), each), span=12))
+        .with_panel(lines("ready", "short", "1 while /readyz says 200.", (m.of("ready"), each)))
     )

