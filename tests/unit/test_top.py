@@ -20,14 +20,17 @@ from loramux_worker.top.snapshot import Snapshot, metrics_url, parse, read
 
 
 class Page:
-    """A worker's `/metrics` as a test wants it; `text` None: it answers 503."""
+    """A worker's `/metrics` as a test wants it; `text` None: it answers 503; `hang` cleared: not before it is set."""
 
     def __init__(self) -> None:
         self.text: str | None = ""
+        self.hang = threading.Event()
+        self.hang.set()
         page = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                page.hang.wait(10)
                 self.send_response(503 if page.text is None else 200)
                 self.end_headers()
                 self.wfile.write((page.text or "").encode())
@@ -158,9 +161,7 @@ async def test_the_screen_follows_workers_that_come_and_go(pages: list[Page]) ->
     async with app.run_test(size=(150, 50)) as pilot:
 
         async def look() -> None:
-            app._look()
-            await pilot.pause()
-            await app.workers.wait_for_complete()
+            await app.run_worker(app.look()).wait()
 
         await look()
         workers = cells(app, "workers")
@@ -194,6 +195,24 @@ async def test_the_screen_follows_workers_that_come_and_go(pages: list[Page]) ->
         await look()
         assert cells(app, "workers")[first][0].startswith("away")
         await pilot.press("q")
+    assert app.return_code == 0
+
+
+async def test_a_worker_that_hangs_does_not_stop_the_others_from_being_shown(pages: list[Page]) -> None:
+    pages[0].text = page_of(Metrics())
+    pages[1].hang.clear()
+    first, second = (page.url.split("/")[2] for page in pages)
+    app = Top([page.url for page in pages], every=0.2)
+    async with app.run_test() as pilot:
+        while not (workers := cells(app, "workers")):
+            await pilot.pause(0.05)
+        assert workers[first][0] == "ready"
+        assert workers[second][0] == "away: no answer within 1 s"
+        pages[1].text = page_of(Metrics())
+        pages[1].hang.set()
+        while cells(app, "workers")[second][0] != "ready":
+            await pilot.pause(0.05)
+        await pilot.press("ctrl+c")
     assert app.return_code == 0
 
 

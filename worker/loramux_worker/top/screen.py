@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from textual import work
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.widgets import DataTable, Footer, Sparkline, Static
 
@@ -41,7 +41,11 @@ class Top(App[None]):
 
     TITLE = "loramux top"
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS: ClassVar[list[BindingType]] = [("q", "quit", "quit"), ("p", "pause", "pause")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        ("q", "quit", "quit"),
+        ("p", "pause", "pause"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+    ]
     CSS = """
     #said { height: 1; padding: 0 1; text-style: bold; }
     #tokens { height: 3; margin: 0 1; }
@@ -73,16 +77,21 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         """Begin to look."""
-        self._look()
-        self.set_interval(self._every, self._look)
+        self._keep_looking()
 
     def action_pause(self) -> None:
         """Stop looking, or go on."""
         self._paused = not self._paused
         self._say()
 
-    @work(exclusive=True)
-    async def _look(self) -> None:
+    @work
+    async def _keep_looking(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._every)
+
+    async def look(self) -> None:
+        """Read every page and fill the tables, unless paused."""
         if self._paused:
             return
         watched = await asyncio.gather(*map(self._watch, self._urls))

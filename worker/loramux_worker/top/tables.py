@@ -13,7 +13,7 @@ from loramux_worker.top.change import Change, growth, mean, quantile, rate, rate
 Row = tuple[str, ...]
 
 WORKERS = (
-    "worker", "state", "req/s", "err/s", "tok/s", "p99 first token", "lag", "in hand",
+    "worker", "state", "req/s", "err/s", "tok/s", "p99 TTFT", "lag", "in hand",
     "sequences", "adapters", "Σ ranks", "waiting", "KV", "step",
 )  # fmt: skip
 TIERS = ("tier", "adapters", "bytes", "full", "hits", "evicted/s", "load")
