@@ -114,13 +114,12 @@ class Tracing:
         span.end(_nanoseconds(stage.ended))
 
     def _loads_of(self, reply: Reply | None, stages: Sequence[Stage]) -> Iterator[Stage]:
-        """The loads of the request's adapter between its being taken and its first token."""
+        """The loads of the request's adapter between its being taken and its answer."""
         if reply is None or reply.adapter_id is None or reply.revision is None:
             return
-        taken = stages[0].ended
-        first_token = next((stage.ended for stage in stages if stage.name == "engine.prefill"), stages[-1].ended)
+        taken, answered = stages[0].ended, stages[-1].began
         for load in self._loads.get((reply.adapter_id, reply.revision), ()):
-            if load.ended >= taken and load.began <= first_token:
+            if load.ended >= taken and load.began <= answered:
                 yield load
 
     def _attributes_of(self, record: Record) -> dict[str, AttributeValue]:
