@@ -1,4 +1,4 @@
-"""The picture of `loramux top` in the README: two workers of one group under load, on this machine.
+"""The picture of `loramux top` in the README: workers of one group under load, on this machine.
 
     python tests/benchmarks/picture_top.py        writes tests/benchmarks/results/top.svg
 
@@ -30,24 +30,28 @@ from services.worker import WorkerProcess
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 RESULT = Path(__file__).resolve().parent / "results" / "top.svg"
-TENANTS, ASKING, ANSWERS, SIZE = 60, 24, 150, (136, 42)
+TENANTS, ASKING, ANSWERS, SIZE = 60, 24, 100, (136, 42)
 
 
 def main() -> None:
     """Start everything, wait, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12.0, help="to look on once all is warm (default 12)")
+    parser.add_argument("--workers", type=int, default=2, help="workers of the group (default 2)")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the picture goes")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two engines and all else on a small machine
     with tempfile.TemporaryDirectory(prefix="loramux-picture-") as folder, KafkaCluster() as kafka:
         names = copy_adapters(Path(folder))
-        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.dead-letters"):
+        for topic in ("lora.requests", "lora.replies", "lora.stream", "lora.control", "lora.dead-letters"):
             kafka.create_topic(topic, partitions=8)
         uri = f"file://{folder}/{{adapter_id}}"
         flags = {"adapter_uri": uri, "adapter_memory": "2MiB", "host_memory": "4MiB", "kv_cache_memory": "8MiB"}
         with contextlib.ExitStack() as stack:
-            workers = [WorkerProcess(kafka.bootstrap_servers, DEMO / "model", wait=False, **flags) for _ in range(2)]
+            workers = [
+                WorkerProcess(kafka.bootstrap_servers, DEMO / "model", wait=False, **flags)
+                for _ in range(options.workers)
+            ]
             for worker in workers:
                 stack.enter_context(worker)
             for worker in workers:
