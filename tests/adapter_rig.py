@@ -16,7 +16,7 @@ from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.revisions import FileDigest, digest_folder
 from loramux_worker.adapters.source import StoreChanged, StoredFile
-from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import RequestFailed
 
 TTL = 60.0
@@ -107,7 +107,7 @@ class Rig:
     timeout: float = SECONDS
     patience: float = SECONDS
     quota: int = 1 << 20
-    loads: list[float] = field(default_factory=list)
+    loads: list[AdapterMoved] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.open()

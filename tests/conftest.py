@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from services.install import ServiceMissing, kafka_libs, versitygw
 from services.kafka import KafkaCluster
+from services.prometheus import program as prometheus_program
 from services.s3 import S3Server
 
 
@@ -66,12 +67,15 @@ def has_gpu() -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `kafka` or `s3` may start servers of their own: told before, not in the middle."""
+    """Tests marked `kafka`, `s3` or `prometheus` may start servers of their own: told before, not in the middle."""
     with installed():
         if item.get_closest_marker("kafka"):
             kafka_libs()
         if item.get_closest_marker("s3"):
             versitygw()
+        if item.get_closest_marker("prometheus"):
+            prometheus_program("prometheus")
+            prometheus_program("promtool")
 
 
 @pytest.fixture(scope="session")

@@ -131,15 +131,15 @@ async def _drive(servers: str, worker: WorkerProcess, jobs: list[tuple[str, str]
         await asyncio.gather(*(ask(*job) for job in jobs[:8]))  # warm-up: code paths, not adapters
         alone = [(await ask(*job))[0] for job in jobs[:5]]
         before = (
-            worker.metric("loramux_step_seconds_total"),
-            worker.metric("loramux_steps_total"),
+            worker.metric("loramux_step_seconds_sum"),
+            worker.metric("loramux_step_seconds_count"),
             cpu_seconds(worker.server.pid),
         )
         begun = time.perf_counter()
         answers = await asyncio.gather(*(ask(*job) for job in jobs))
         wall = time.perf_counter() - begun
         await asyncio.sleep(0.6)  # the engine sends its figures a few times a second
-        steps = worker.metric("loramux_step_seconds_total") - before[0]
+        steps = worker.metric("loramux_step_seconds_sum") - before[0]
         front = cpu_seconds(worker.server.pid) - before[2]
     tokens = sum(n for _, n in answers)
     return {
@@ -147,7 +147,7 @@ async def _drive(servers: str, worker: WorkerProcess, jobs: list[tuple[str, str]
         "tokens": tokens,
         "wall_seconds": wall,
         "engine_step_seconds": steps,
-        "steps": worker.metric("loramux_steps_total") - before[1],
+        "steps": worker.metric("loramux_step_seconds_count") - before[1],
         "beside_the_engine": (wall - steps) / steps,
         "front_cpu_seconds_per_engine_second": front / steps,
         "latency_p50_seconds": statistics.median(seconds for seconds, _ in answers),

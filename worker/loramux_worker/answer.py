@@ -67,9 +67,8 @@ class Answerer:
         self._cancellations = cancellations
         self._duplicates = duplicates
 
-    async def __call__(self, record: Record) -> tuple[OutgoingRecord, ...]:
-        """Answer one record. Raises nothing but `CancelledError`."""
-        watch = Stopwatch(record.timestamp_ms)
+    async def __call__(self, record: Record, watch: Stopwatch) -> tuple[OutgoingRecord, ...]:
+        """Answer one record, whose `watch` was started when it was taken. Raises nothing but `CancelledError`."""
         route = ReplyRoute.unrouted(record.headers)
         try:
             request = Request.from_json(record.value)
@@ -144,6 +143,7 @@ class Answerer:
         self._pool.prefetch(await self._catalog.fetch(name))
         adapter = await self._catalog.acquire(name)
         leases.callback(self._catalog.release, adapter)
+        structlog.contextvars.bind_contextvars(revision=adapter.revision)
         return adapter
 
     async def _generate(

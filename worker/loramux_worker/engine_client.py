@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from loramux_schemas import ErrorCode
 from loramux_worker.engine.config import EngineConfig, confine
 from loramux_worker.engine.protocol import (
     PROTOCOL_VERSION,
+    AdapterMoved,
     AdapterReference,
     Cancel,
     EngineMessage,
@@ -43,16 +45,18 @@ _MAX_BACKOFF = 30.0  # seconds between restarts
 class EngineClient:
     """Starts an engine process, speaks with it, and starts another when it dies.
 
-    A generation outlives its engine: the next one gets the request with the tokens that came so far.
+    A generation outlives its engine: the next one gets the request with the tokens that came so far. `on_move` is told
+    of each adapter that has come into one of its tiers.
     """
 
-    def __init__(self, index: int, config: EngineConfig, folder: Path) -> None:
+    def __init__(self, index: int, config: EngineConfig, folder: Path, on_move: Callable[[AdapterMoved], None]) -> None:
         self.index = index
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.restarts = 0
         self._config = config
         self._folder = folder
+        self._on_move = on_move
         self._generations: dict[int, Generation] = {}
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
@@ -189,6 +193,8 @@ class EngineClient:
                 self._take(message)
             case Stats():
                 self.stats = message
+            case AdapterMoved():
+                self._on_move(message)
             case Failed():
                 generation = self._generations.pop(message.sequence_id, None)
                 if generation is not None:

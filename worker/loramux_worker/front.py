@@ -12,7 +12,9 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -25,6 +27,8 @@ from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Duplicates
 from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.protocol import AdapterMoved
+from loramux_worker.front_state import FrontCollector
 from loramux_worker.health import HealthServer
 from loramux_worker.kafka.commits import PlainCommits
 from loramux_worker.kafka.control import ControlReader
@@ -41,8 +45,12 @@ from loramux_worker.metrics import Metrics, TransactionCollector, WorkerCollecto
 from loramux_worker.pool import EnginePool
 from loramux_worker.replies import ReplyWriter, Topics
 from loramux_worker.settings import WorkerSettings
+from loramux_worker.stopwatch import Stopwatch
 from loramux_worker.text.tokenizer import Tokenizer
 from loramux_worker.text.tokenizers import Tokenizers
+
+if TYPE_CHECKING:
+    from loramux_worker.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +63,7 @@ def serve(settings: WorkerSettings) -> None:
     Raises:
         ConfigurationError: something a person must change before the worker can start.
     """
-    configure_logs(settings.log_format, settings.log_level)
+    configure_logs(settings.log_format, settings.log_level, settings.secrets)
     uvloop.run(_serve(settings))
 
 
@@ -70,6 +78,7 @@ class Front:
         publisher: Publisher,
         delivery: Delivery,
         look_ahead: int,
+        tracing: Tracing | None = None,
     ) -> None:
         self._intake = intake
         self._answerer = answerer
@@ -77,31 +86,37 @@ class Front:
         self._publisher = publisher
         self._delivery = delivery
         self._look_ahead = look_ahead
+        self._tracing = tracing
         self._tasks: dict[asyncio.Task[None], tuple[int, int]] = {}
         self._freed = asyncio.Event()
-        self._draining = False
+        self._drain_began: float | None = None
 
     @property
     def in_flight(self) -> int:
         """Requests that were taken and not answered yet."""
         return len(self._tasks)
 
+    @property
+    def draining_seconds(self) -> float:
+        """Seconds since the drain began, 0 before it."""
+        return 0.0 if self._drain_began is None else time.monotonic() - self._drain_began
+
     async def take_requests(self) -> None:
         """Take records and start answering them until `drain`."""
-        while not self._draining:
+        while self._drain_began is None:
             room = self._look_ahead - self.in_flight
             if room <= 0:
                 self._freed.clear()
                 await self._freed.wait()
                 continue
             for record in await self._intake.take(room, _TAKE_TIMEOUT):
-                task = asyncio.create_task(self._answer(record))
+                task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
                 self._tasks[task] = (record.partition, record.epoch)
                 task.add_done_callback(self._finished)
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka)."""
-        self._draining = True
+        self._drain_began = time.monotonic()
         self._freed.set()
         if self._tasks:
             log.info("draining", in_flight=self.in_flight, timeout=timeout)
@@ -115,12 +130,17 @@ class Front:
                 task.cancel()
 
     async def _answer(self, record: Record) -> None:
-        answers = await self._answerer(record)
+        structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
+        watch = Stopwatch(record.timestamp_ms)
+        answers = await self._answerer(record, watch)
         try:
             await self._delivery.complete(record, tuple(self._fitting(record, answer) for answer in answers))
         except RecordRefused as refused:
             log.warning("answer_refused", topic=refused.record.topic, reason=refused.reason)
-            await self._delivery.complete(record, (self._replies.instead(record, refused.record, str(refused)),))
+            answers = (self._replies.instead(record, refused.record, str(refused)),)
+            await self._delivery.complete(record, answers)
+        if self._tracing is not None:
+            self._tracing.answered(record, answers, watch)
 
     def _fitting(self, record: Record, answer: OutgoingRecord) -> OutgoingRecord:
         if self._publisher.fits(answer):
@@ -134,7 +154,7 @@ class Front:
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # the record stays undone: it is read again by whoever owns the partition next
-            log.error("answer_lost", error=repr(error))
+            log.error("answer_lost", record=task.get_name(), exc_info=error)
 
     async def _cancel(self, tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
@@ -184,8 +204,18 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     authorization = Authorization(settings.authorization_file, settings.tenant_header)
     following = asyncio.create_task(authorization.follow())
     stack.callback(following.cancel)
+    name = f"{socket.gethostname()}-{os.getpid()}"
     metrics = Metrics()
-    catalog = _catalog(settings, metrics)
+    tracing = _tracing(settings, name)
+    if tracing is not None:
+        stack.push_async_callback(tracing.close)
+
+    def on_move(moved: AdapterMoved) -> None:
+        metrics.moved(moved)
+        if tracing is not None:
+            tracing.moved(moved)
+
+    catalog = _catalog(settings, on_move)
     stack.push_async_callback(catalog.close)
     await ensure_topics(
         connection, _topics_by_flag(settings), create=settings.create_topics, startup_timeout=settings.startup_timeout
@@ -193,7 +223,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     topic, group_id = settings.requests_topic, settings.group_id
     if settings.delivery == "exactly_once":
         await require_transactions(connection, topic=topic, group_id=group_id, timeout=settings.startup_timeout)
-    pool = EnginePool(_engine_configs(settings))
+    pool = EnginePool(_engine_configs(settings), on_move)
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
@@ -211,7 +241,7 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
     await publisher.start()
     stack.push_async_callback(publisher.close)
     topics = Topics(settings.replies_topic, settings.stream_topic, settings.dead_letter_topic, settings.reply_topics)
-    replies = ReplyWriter(f"{socket.gethostname()}-{os.getpid()}", topics, metrics)
+    replies = ReplyWriter(name, topics, metrics, log_text=settings.log_text)
     cancellations = Cancellations(settings.cancel_memory)
     control = ControlReader(
         connection,
@@ -246,18 +276,20 @@ async def _build(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -> 
         session_timeout=settings.session_timeout,
     )
     delivery = exactly_once or AtLeastOnce(publisher, intake)
-    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead)
+    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead, tracing)
     await intake.start()
     stack.push_async_callback(intake.close)
     metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))
     if exactly_once is not None:
         metrics.registry.register(TransactionCollector(exactly_once))
-    health = HealthServer(
-        settings.http_host,
-        settings.http_port,
-        metrics.registry,
-        lambda: pool.is_ready and bool(intake.assigned) and intake.trouble is None and publisher.trouble is None,
+
+    def is_ready() -> bool:
+        return pool.is_ready and bool(intake.assigned) and intake.trouble is None and publisher.trouble is None
+
+    metrics.registry.register(
+        FrontCollector(name, settings.model, pool, front, is_ready=is_ready, drain_timeout=settings.drain_timeout)
     )
+    health = HealthServer(settings.http_host, settings.http_port, metrics.registry, is_ready)
     health.start()
     stack.callback(health.close)
     return front, health
@@ -284,7 +316,15 @@ def _devices(settings: WorkerSettings) -> list[str]:
     return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]
 
 
-def _catalog(settings: WorkerSettings, metrics: Metrics) -> AdapterCatalog:
+def _tracing(settings: WorkerSettings, name: str) -> Tracing | None:
+    if settings.otlp_endpoint is None:
+        return None
+    from loramux_worker.tracing import Tracing  # an extra, and nothing to load where nobody looks
+
+    return Tracing(settings.otlp_endpoint, name, settings.group_id)
+
+
+def _catalog(settings: WorkerSettings, on_load: Callable[[AdapterMoved], None]) -> AdapterCatalog:
     store = None
     if settings.adapter_uri is not None:
         store = AdapterStore(settings.adapter_uri, timeout=settings.adapter_timeout)
@@ -293,7 +333,7 @@ def _catalog(settings: WorkerSettings, metrics: Metrics) -> AdapterCatalog:
         DiskTier(settings.disk_cache, settings.disk_quota),
         revision_ttl=settings.revision_ttl,
         adapter_timeout=settings.adapter_timeout,
-        on_load=metrics.adapter_load.labels("store", "disk").observe,
+        on_load=on_load,
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from loramux_schemas import Timing
+from loramux_schemas import ErrorCode, Timing
 from loramux_worker.adapters.catalog import AdapterCatalog
-from loramux_worker.engine.protocol import Stats
+from loramux_worker.engine.protocol import SOURCES, AdapterMoved, Stats
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
@@ -21,6 +21,8 @@ from loramux_worker.pool import EnginePool
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _MAX_ADAPTER_LABELS = 100
+# from 0 on: the first failure is an increase too
+_NO_LOOKUPS = {("store", code.value): 0 for code in ErrorCode if code.startswith("adapter_")}
 
 
 class Metrics:
@@ -28,7 +30,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._labels = AdapterLabels(_MAX_ADAPTER_LABELS)
+        self._labels = AdapterLabels(_MAX_ADAPTER_LABELS, self._forget)
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(f"loramux_{name}", help_text, labels, registry=self.registry)
@@ -42,13 +44,21 @@ class Metrics:
         self.dead_letters = counter(
             "dead_letters", "Messages kept for a person: no request, or engines died of them.", "reason"
         )
+        self.adapter_request = Summary(
+            "loramux_adapter_request_seconds",
+            "Time from Kafka's timestamp to the answer.",
+            ["adapter"],
+            registry=self.registry,
+        )
+        for reason in ("unparseable", "poison"):
+            self.dead_letters.labels(reason)  # from 0 on: the first one is an increase too
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From Kafka's timestamp on.")
         self.inter_token_latency = histogram(
             "inter_token_latency_seconds", "Mean time between two tokens of a request.", _TOKEN_SECONDS
         )
         self.adapter_load = Histogram(
             "loramux_adapter_load_seconds",
-            "Time to bring an adapter from one tier to another.",
+            "Time to bring an adapter from one tier to another (into the pool: as long as steps waited for it).",
             ("from", "to"),
             registry=self.registry,
             buckets=_SECONDS,
@@ -64,6 +74,7 @@ class Metrics:
         self.requests.labels(label, "ok").inc()
         self.tokens.labels(label, "prompt").inc(prompt_tokens)
         self.tokens.labels(label, "generated").inc(completion_tokens)
+        self.adapter_request.labels(label).observe(timing.total_ms / 1000)
         for stage, histogram in self.stages.items():
             histogram.observe(getattr(timing, f"{stage}_ms") / 1000)
         self.time_to_first_token.observe((timing.total_ms - timing.decode_ms) / 1000)
@@ -74,15 +85,24 @@ class Metrics:
         """Count a request that was answered with an error."""
         self.requests.labels(self._labels.of(adapter_id), code).inc()
 
+    def moved(self, moved: AdapterMoved) -> None:
+        """Observe an adapter's way into a tier."""
+        self.adapter_load.labels(SOURCES[moved.tier], moved.tier).observe(moved.seconds)
+
+    def _forget(self, label: str) -> None:
+        for metric in (self.requests, self.tokens, self.adapter_request):
+            metric.remove_by_labels({"adapter": label})
+
 
 class AdapterLabels:
     """Keeps the label `adapter` bounded: the first adapters have their own, the rest share `other`.
 
-    An adapter that has overtaken the least busy one with a label of its own takes its place.
+    An adapter that has overtaken the least busy one with a label of its own takes its place; `on_lost` is told of it.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_lost: Callable[[str], None] = lambda label: None) -> None:
         self._limit = limit
+        self._on_lost = on_lost
         self._named: Tally[str] = Tally()
         self._others: Tally[str] = Tally()
 
@@ -100,6 +120,7 @@ class AdapterLabels:
             if count > fewest:
                 del self._named[least], self._others[adapter_id]
                 self._named[adapter_id] = count
+                self._on_lost(least)
                 return adapter_id
         if len(self._others) > 10 * self._limit:
             self._others = Tally(dict(self._others.most_common(self._limit)))
@@ -138,29 +159,37 @@ class WorkerCollector(Collector):
         yield _gauge("kv_cache_usage_ratio", "Share of the KV blocks in use.", used / blocks if blocks else 0.0)
         yield _gauge("batch_sequences", "Sequences of the last step.", _total(stats, "batch_sequences"))
         yield _gauge("batch_adapters", "Distinct adapters of the last step.", _total(stats, "batch_adapters"))
+        yield _gauge("batch_ranks", "Sum of the ranks of the running batch's adapters.", _total(stats, "batch_ranks"))
         yield _counter("preemptions", "Sequences put back for want of KV blocks.", _total(stats, "preemptions_total"))
-        yield _counter("steps", "Steps run.", _total(stats, "steps_total"))
-        yield _counter("step_seconds", "Time spent in steps.", _total(stats, "step_seconds_total"))
+        yield SummaryMetricFamily(
+            "loramux_step_seconds",
+            "Time of the steps run.",
+            count_value=int(_total(stats, "steps_total")),
+            sum_value=_total(stats, "step_seconds_total"),
+        )
         yield _counter("engine_restarts", "Engine processes that died and were replaced.", self._pool.restarts)
 
     def _tiers(self, stats: list[Stats]) -> Iterator[Metric]:
         resident = GaugeMetricFamily("loramux_adapters_resident", "Adapters in a tier.", labels=["tier"])
         size = GaugeMetricFamily("loramux_adapter_bytes", "Bytes of adapters in a tier.", labels=["tier"])
+        room = GaugeMetricFamily("loramux_adapter_capacity_bytes", "Bytes that a tier may take.", labels=["tier"])
         evictions = CounterMetricFamily("loramux_adapter_evictions", "Evictions.", labels=["tier"])
         lookups = CounterMetricFamily("loramux_adapter_lookups", "Lookups.", labels=["tier", "result"])
         for tier in ("gpu", "host"):
             resident.add_metric([tier], _total(stats, f"{tier}_adapters"))
             size.add_metric([tier], _total(stats, f"{tier}_bytes"))
+            room.add_metric([tier], _total(stats, f"{tier}_capacity_bytes"))
             evictions.add_metric([tier], _total(stats, f"{tier}_evictions_total"))
             lookups.add_metric([tier, "hit"], _total(stats, f"{tier}_hits_total"))
             lookups.add_metric([tier, "miss"], _total(stats, f"{tier}_misses_total"))
         disk = self._catalog.disk
         resident.add_metric(["disk"], len(disk))
         size.add_metric(["disk"], disk.used_bytes)
+        room.add_metric(["disk"], disk.quota_bytes)
         evictions.add_metric(["disk"], disk.evictions)
-        for (tier, result), count in list(self._catalog.stats.lookups.items()):
+        for (tier, result), count in (_NO_LOOKUPS | self._catalog.stats.lookups).items():
             lookups.add_metric([tier, result], count)
-        yield from (resident, size, evictions, lookups)
+        yield from (resident, size, room, evictions, lookups)
 
 
 class TransactionCollector(Collector):

@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
 
 from loramux_worker.engine.config import EngineConfig
-from loramux_worker.engine.protocol import AdapterReference, Ready, SamplingParameters, Stats, Submit
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference, Ready, SamplingParameters, Stats, Submit
 from loramux_worker.engine_client import EngineClient
 from loramux_worker.generation import Generation
 
@@ -25,13 +25,17 @@ class EnginePool:
     """Starts engines, keeps them alive and sends each request to the one that has its adapter nearest.
 
     Two engines are an adapter's homes, by rendezvous hashing; the first takes its requests unless it is the busier
-    by more than a bound (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
+    by more than a bound (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). `on_move` is
+    told of each adapter that has come into a tier of one of them.
     """
 
-    def __init__(self, configs: Sequence[EngineConfig]) -> None:
+    def __init__(
+        self, configs: Sequence[EngineConfig], on_move: Callable[[AdapterMoved], None] = lambda moved: None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="loramux-")
         self._ids = itertools.count(1)
-        self._engines = [EngineClient(index, config, Path(self._folder.name)) for index, config in enumerate(configs)]
+        folder = Path(self._folder.name)
+        self._engines = [EngineClient(index, config, folder, on_move) for index, config in enumerate(configs)]
 
     async def start(self) -> None:
         """Start every engine and wait until all take requests.

@@ -62,12 +62,13 @@ class Answer:
 
 
 class ReplyWriter:
-    """Writes replies and dead letters, and counts them."""
+    """Writes replies and dead letters, counts and logs them; `log_text`: with prompts and answers."""
 
-    def __init__(self, worker: str, topics: Topics, metrics: Metrics) -> None:
+    def __init__(self, worker: str, topics: Topics, metrics: Metrics, *, log_text: bool = False) -> None:
         self._worker = worker
         self._topics = topics
         self._metrics = metrics
+        self._log_text = log_text
 
     def answered(self, request: Request, route: ReplyRoute, answer: Answer, timing: Timing) -> OutgoingRecord:
         """The reply with text."""
@@ -75,6 +76,7 @@ class ReplyWriter:
         adapter_id = None if adapter is None else adapter.adapter_id
         self._metrics.answered(adapter_id, answer.num_prompt_tokens, answer.count, timing)
         log.info("request_answered", tokens=answer.count, finish_reason=answer.finish_reason, total_ms=timing.total_ms)
+        self._say_text(request, answer.text)
         reply = Reply(
             request_id=request.request_id,
             adapter_id=adapter_id,
@@ -95,6 +97,7 @@ class ReplyWriter:
         adapter_id = None if request.adapter is None else request.adapter.adapter_id
         self._metrics.failed(adapter_id, error.code)
         log.info("request_failed", code=error.code, reason=error.message)
+        self._say_text(request, None)
         reply = Reply.failure(
             error.code,
             error.message,
@@ -109,6 +112,13 @@ class ReplyWriter:
     def invalid(self, error: InvalidRequest, route: ReplyRoute, timing: Timing) -> OutgoingRecord:
         """The error reply to a request that breaks the contract."""
         self._metrics.failed(error.adapter_id, ErrorCode.INVALID_REQUEST)
+        log.info(
+            "request_failed",
+            code=ErrorCode.INVALID_REQUEST,
+            reason=error.message,
+            request_id=error.request_id,
+            adapter_id=error.adapter_id,
+        )
         reply = Reply.failure(
             ErrorCode.INVALID_REQUEST,
             error.message,
@@ -154,6 +164,11 @@ class ReplyWriter:
             timing=whole.timing,
         )
         return self._record(ReplyRoute.unrouted(record.headers), reply)
+
+    def _say_text(self, request: Request, answer: str | None) -> None:
+        if self._log_text:
+            asked = request.prompt or request.messages or request.prompt_token_ids
+            log.info("request_text", asked=asked, answered=answer)
 
     def _record(self, route: ReplyRoute, reply: Reply) -> OutgoingRecord:
         key = None if reply.request_id is None else reply.request_id.encode()

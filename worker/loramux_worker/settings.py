@@ -8,6 +8,7 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -177,8 +178,16 @@ class WorkerSettings(BaseSettings):
     startup_timeout: Seconds = Field(30.0, description="how long to wait for a broker at the start")
     revision_ttl: Seconds = Field(60.0, description="how soon a new revision of an adapter is looked for")
     adapter_timeout: Seconds = Field(30.0, description="how long an adapter may take to arrive")
+    otlp_endpoint: str | None = Field(
+        default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
+        validate_default=True,
+        pattern="^https?://[^/]",
+        description="OpenTelemetry collector for traces, OTLP over HTTP, e.g. http://localhost:4318 "
+        "(also OTEL_EXPORTER_OTLP_ENDPOINT); none: no traces",
+    )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
+    log_text: bool = Field(False, description="log prompts and answers too: for development, they are your users'")
     config: Path | None = Field(None, description="TOML file with any of these settings")
 
     @field_validator("model")
@@ -194,6 +203,13 @@ class WorkerSettings(BaseSettings):
         for name in names:
             AdapterName.parse(name)
         return names
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no log may show: the password of Kafka, and those in addresses."""
+        password = () if self.sasl_password is None else (self.sasl_password.get_secret_value(),)
+        addresses = (urlsplit(address) for address in (self.adapter_uri, self.otlp_endpoint) if address)
+        return (*password, *(parts.password for parts in addresses if parts.password))
 
     @property
     def connection(self) -> KafkaConnection:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from loramux_schemas import Timing
 from loramux_worker.engine.protocol import SequenceTiming
+
+
+class Stage(NamedTuple):
+    """A stretch of a request's way, in Unix time."""
+
+    name: str
+    began: float
+    ended: float
 
 
 class Stopwatch:
@@ -15,6 +24,8 @@ class Stopwatch:
         self._started = time.monotonic()
         self._in_kafka = max(0.0, time.time() - timestamp_ms / 1000)
         self._prepared: float | None = None
+        self._answered: float | None = None
+        self._engine: SequenceTiming | None = None
 
     def prepared(self) -> None:
         """The prompt is tokenised and the adapter's files are on the disk."""
@@ -26,7 +37,8 @@ class Stopwatch:
 
     def timing(self, engine: SequenceTiming | None) -> Timing:
         """The reply's `timing`: the queue counts from Kafka's timestamp on, the adapter from store to memory."""
-        elapsed = time.monotonic() - self._started
+        self._answered, self._engine = time.monotonic(), engine
+        elapsed = self._answered - self._started
         preparing = (self._prepared or self._started) - self._started
         total = self._in_kafka + elapsed
         if engine is None:
@@ -38,6 +50,24 @@ class Stopwatch:
             decode_ms=_ms(engine.decode),
             total_ms=_ms(total),
         )
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The whole way until now, after `timing`: from Kafka's timestamp to what was sent."""
+        now = time.monotonic()
+        answered = self._answered or now
+        prepared = self._prepared or answered
+        ends = [("kafka.queue", self._started), ("prepare", prepared)]
+        if self._engine is not None:
+            at = prepared
+            for name in ("adapter", "queue", "prefill", "decode"):
+                at = min(answered, at + getattr(self._engine, name))
+                ends.append((f"engine.{name}", at))
+        ends += [("answer", answered), ("publish", now)]
+        stages, at, to_unix = [], self._started - self._in_kafka, time.time() - now
+        for name, end in ends:
+            stages.append(Stage(name, at + to_unix, end + to_unix))
+            at = end
+        return tuple(stages)
 
 
 def _ms(seconds: float) -> float:

@@ -19,7 +19,7 @@ from loramux_schemas import AdapterName, ErrorCode
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.refresh import REFUSAL_TTL, CatalogStats, Place, Refresher
 from loramux_worker.adapters.store import Store
-from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import ConfigurationError, RequestFailed
 
 log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ class AdapterCatalog:
     `store` None: only the base model is served. `revision_ttl`: seconds for which the store is not asked
     again about an adapter. `adapter_timeout`: seconds that an adapter may take to arrive, waiting for one of
     the `max_downloads` slots included. `patience`: seconds that a request waits for the store when an older
-    revision is on disk. `on_load` is told the seconds of each download.
+    revision is on disk. `on_load` is told of each download.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AdapterCatalog:
         max_downloads: int = 8,
         patience: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
-        on_load: Callable[[float], None] = lambda seconds: None,
+        on_load: Callable[[AdapterMoved], None] = lambda moved: None,
     ) -> None:
         self.disk = disk
         self.stats = CatalogStats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from loramux_worker.adapters.revisions import KnownRevisions
 from loramux_worker.adapters.source import StoreChanged, StoredFile
 from loramux_worker.adapters.store import Store
 from loramux_worker.adapters.together import in_thread, together
-from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import RequestFailed
 
 log = structlog.get_logger(__name__)
@@ -60,7 +61,7 @@ class Refresher:
         adapter_timeout: float,
         max_downloads: int,
         clock: Callable[[], float],
-        on_load: Callable[[float], None],
+        on_load: Callable[[AdapterMoved], None],
     ) -> None:
         self._store = store
         self._disk = disk
@@ -201,7 +202,8 @@ class Refresher:
         self._stats.downloads += 1
         self._stats.downloaded_bytes += size
         self._stats.load_seconds += seconds
-        self._on_load(seconds)
+        reference = AdapterReference(adapter_id, revision, str(self._disk.folder_of(revision)))
+        self._on_load(AdapterMoved(reference, "disk", time.time(), seconds))
         log.info(
             "adapter_downloaded",
             adapter_id=adapter_id,

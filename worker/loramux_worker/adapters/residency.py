@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.gpu_pool import AdapterPool, Tile
 from loramux_worker.adapters.host import AdapterKey, HostTier, LoadResult
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.own_weights import OwnWeights
-from loramux_worker.engine.protocol import AdapterReference
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import RequestFailed
 
 _MAX_REFERENCES = 65_536
@@ -22,11 +24,16 @@ class AdapterResidency:
     the host. So memory is never held for what cannot run, and what waits for memory gets it as sequences run.
 
         prefetch → (loading) → poll → rank → acquire → slot, tiles → release → forget
+
+    `on_move` is told of each adapter that has come into a tier.
     """
 
-    def __init__(self, host: HostTier, pool: AdapterPool) -> None:
+    def __init__(
+        self, host: HostTier, pool: AdapterPool, on_move: Callable[[AdapterMoved], None] = lambda moved: None
+    ) -> None:
         self.host = host
         self.pool = pool
+        self._on_move = on_move
         self._references: OrderedDict[AdapterKey, AdapterReference] = OrderedDict()  # least recently named first
         self._wanted: set[AdapterKey] = set()
         self._unknown: list[AdapterKey] = []
@@ -68,9 +75,10 @@ class AdapterResidency:
     def acquire(self, key: AdapterKey) -> bool:
         """Make the adapter resident in the pool and pin it; False, and nothing changed: no room, or not loaded."""
         if self.pool.find(key) is None:
-            adapter = self.host.get(key)
+            adapter, started = self.host.get(key), time.monotonic()
             if adapter is None or self.pool.load(adapter) is None:
                 return False
+            self._moved(key, "gpu", time.monotonic() - started)
         self.pool.pin(key)
         self._unwant(key)
         return True
@@ -101,6 +109,9 @@ class AdapterResidency:
             for key in self._unknown
         ]
         self._unknown.clear()
+        for result in results:
+            if result.error is None:
+                self._moved(result.key, "host", result.seconds)
         return results
 
     def forget(self, key: AdapterKey) -> None:
@@ -112,6 +123,10 @@ class AdapterResidency:
     def close(self) -> None:
         """Stop loading."""
         self.host.close()
+
+    def _moved(self, key: AdapterKey, tier: str, seconds: float) -> None:
+        if (reference := self._references.get(key)) is not None:  # None: nobody waits for it any longer
+            self._on_move(AdapterMoved(reference, tier, time.time(), seconds))
 
     def _unwant(self, key: AdapterKey) -> None:
         if key in self._wanted:

@@ -15,6 +15,7 @@ from loramux_worker.cli.adapters import adapters
 from loramux_worker.cli.broker import broker
 from loramux_worker.cli.demo import demo
 from loramux_worker.cli.schema import schema
+from loramux_worker.cli.top import top
 from loramux_worker.cli.worker import worker
 from loramux_worker.errors import ConfigurationError
 
@@ -32,9 +33,12 @@ app.command(
         "help_option_names": [],  # the settings print their own help
     }
 )(worker)
-for command in (demo, send, batch, cancel, schema, broker):
+for command in (demo, send, batch, cancel, top, schema, broker):
     app.command()(command)
 app.add_typer(adapters)
+
+
+_EXTRAS = {"confluent_kafka": "embedded", "textual": "top", "opentelemetry": "tracing"}
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
         print(f"loramux: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        extra = "embedded" if error.name == "confluent_kafka" else "worker"
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "worker")
         print(f"loramux: {error.name} is missing: pip install 'loramux[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -61,6 +61,9 @@ class EngineParts:
             host_misses_total=host.misses_total,
             gpu_hits_total=pool.hits_total,
             gpu_misses_total=pool.misses_total,
+            batch_ranks=self.scheduler.batch_ranks,
+            host_capacity_bytes=host.capacity_bytes,
+            gpu_capacity_bytes=pool.capacity_elements * pool.elements.itemsize,
         )
 
 
@@ -118,7 +121,7 @@ def assemble(
         pin=on_gpu,
         max_loads=min(8, max(4, (os.cpu_count() or 1) // 4)),  # more wait for one another's memory
     )
-    adapters = AdapterResidency(host, pool)
+    adapters = AdapterResidency(host, pool, on_move=emit)
     limits = SchedulerConfig(
         max_model_len=max_model_len,
         max_batched_tokens=config.max_batched_tokens,

@@ -1,7 +1,7 @@
 """What the front and an engine say to each other.
 
     front → engine   Submit, Cancel, Prefetch, Stop
-    engine → front   Ready, Refused, Outputs, Failed, Stats
+    engine → front   Ready, Refused, Outputs, Failed, AdapterMoved, Stats
 
 Frozen `msgspec` structs, one MessagePack array a message, over a ZeroMQ pair socket: nothing that came from a
 request is ever pickled. `PROTOCOL_VERSION` travels in `Ready`; a front refuses an engine that speaks another.
@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+
+SOURCES = {"disk": "store", "host": "disk", "gpu": "host"}
+"""Tier → where what comes into it comes from."""
 
 
 class AdapterReference(msgspec.Struct, frozen=True, array_like=True):
@@ -133,6 +137,19 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
 
 
+class AdapterMoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An adapter has come into a tier, `disk`, `host` or `gpu`, at `at` (Unix time), `seconds` after that was begun.
+
+    To the disk: from a free slot for downloads on. Into the host tier: from the first asking on. Into the pool: as long
+    as the engine's loop was held by it; on a GPU the copy itself goes on beside the steps.
+    """
+
+    adapter: AdapterReference
+    tier: str
+    at: float
+    seconds: float
+
+
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A picture of the engine for metrics and for the pool's choice, sent at most a few times a second.
 
@@ -158,10 +175,13 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag=True):
     host_misses_total: int
     gpu_hits_total: int
     gpu_misses_total: int
+    batch_ranks: int
+    host_capacity_bytes: int
+    gpu_capacity_bytes: int
 
 
 FrontMessage = Submit | Cancel | Prefetch | Stop
-EngineMessage = Ready | Refused | Outputs | Failed | Stats
+EngineMessage = Ready | Refused | Outputs | Failed | AdapterMoved | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_front_message = msgspec.msgpack.Decoder(FrontMessage).decode

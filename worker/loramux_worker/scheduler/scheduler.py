@@ -71,6 +71,11 @@ class Scheduler:
         """Distinct adapters of the running sequences."""
         return len(self._batch.ranks.adapters)
 
+    @property
+    def batch_ranks(self) -> int:
+        """Sum of the ranks of those adapters."""
+        return self._batch.ranks.used
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn; asks for the load of its adapter.
 

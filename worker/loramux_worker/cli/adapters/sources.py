@@ -59,7 +59,7 @@ class Fetcher:
             adapter_timeout=timeout,
             max_downloads=MAX_DOWNLOADS,
             clock=asyncio.get_running_loop().time,
-            on_load=lambda seconds: None,
+            on_load=lambda moved: None,
         )
 
     async def fetch(self, name: AdapterName) -> AdapterReference:
