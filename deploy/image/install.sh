@@ -51,7 +51,7 @@ install_application() {
 check() {
     if [[ $TORCH_BACKEND == locked ]]; then "$tools/bin/uv" pip check --quiet --python "$1/bin/python"; fi
     (cd / && "$1/bin/loramux" worker --help) | grep -q -- --bootstrap-servers
-    (cd / && "$1/bin/python" -c 'import loramux_worker.engine.build, loramux_worker.front')
+    (cd / && "$1/bin/python" -c 'import loramux_worker.engine.build, loramux_worker.assembly')
 }
 
 if (($# != 2)); then

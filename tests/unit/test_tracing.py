@@ -99,7 +99,7 @@ async def test_a_collector_that_is_away_harms_nobody(monkeypatch: pytest.MonkeyP
 
 
 def test_off_it_is_not_even_loaded() -> None:
-    check = "import sys, loramux_worker.front; assert not [m for m in sys.modules if m.startswith('opentelemetry')]"
+    check = "import sys, loramux_worker.assembly; assert not [m for m in sys.modules if m.startswith('opentelemetry')]"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

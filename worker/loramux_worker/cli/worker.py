@@ -11,6 +11,6 @@ def worker(context: typer.Context) -> None:
 
     settings = load_settings(context.args)  # before torch: a wrong flag is told at once
 
-    from loramux_worker.front import serve
+    from loramux_worker.serving import serve
 
     serve(settings)
