@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from loramux_worker.engine.kv_cache import BlockPool
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters
 from loramux_worker.engine.sequence import Sequence, SequenceStatus
-from loramux_worker.scheduler import AdapterKey, Scheduler, SchedulerConfig, Step
+from loramux_worker.scheduler import AdapterKey, Demand, Policies, Scheduler, SchedulerConfig, Step
 
 
 def make_sequence(
@@ -43,6 +43,9 @@ class FakeTiers:
         self.resident: dict[AdapterKey, None] = {}  # least recently acquired first
         self.pins: Counter[AdapterKey] = Counter()
 
+    def follow(self, demand: Demand) -> None:
+        self.demand = demand
+
     def true_rank(self, key: AdapterKey) -> int:
         return self.ranks.get(key[0], 8)
 
@@ -76,12 +79,18 @@ class FakeEngine:
     """Runs the steps of a scheduler, checks each, and keeps account of the service that every adapter got."""
 
     def __init__(
-        self, config: SchedulerConfig, *, num_blocks: int = 256, block_size: int = 4, tiers: FakeTiers | None = None
+        self,
+        config: SchedulerConfig,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 4,
+        tiers: FakeTiers | None = None,
+        policies: Policies | None = None,
     ) -> None:
         self.config = config
         self.blocks = BlockPool(num_blocks, block_size)
         self.tiers = tiers or FakeTiers()
-        self.scheduler = Scheduler(config, self.blocks, self.tiers)
+        self.scheduler = Scheduler(config, self.blocks, self.tiers, policies)
         self.num_steps = 0
         self.num_preemptions = 0
         self.finished: list[Sequence] = []

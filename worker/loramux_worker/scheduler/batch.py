@@ -101,6 +101,10 @@ class Batch:
         sequence.block_table.extend(self._blocks.allocate(num_blocks))
         return True
 
+    def is_rider(self, lane: Lane) -> bool:
+        """Whether running the lane's sequences adds no adapter."""
+        return lane.key is None or lane.key in self.ranks.adapters
+
     def riders(self) -> list[Lane]:
         """The lanes of the batch's adapters whose head is next for its client: running it adds no adapter."""
         clients = {seat.client for seat in self.seats.values()}

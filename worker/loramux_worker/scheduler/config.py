@@ -23,6 +23,13 @@ class SchedulerConfig:
     prompt_weight: float = 1.0
     generated_weight: float = 2.0
 
+    locality: float = 0.0
+    """Weighted tokens for which adapters that are in the batch may go before one that is not, and by which they may
+    be ahead of it for that.
+
+    More of it means fewer distinct adapters in a step and fewer copies to the device; less of it means that an
+    adapter which nobody uses just now waits less. 0 is the fair order alone."""
+
     residency_quantum: float = 16_384.0
     """Weighted tokens that may be admitted past an adapter for which there is no room, before all wait for it.
 
@@ -42,7 +49,7 @@ class SchedulerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("prompt_weight", "generated_weight", "residency_quantum"):
+        for name in ("prompt_weight", "generated_weight", "locality", "residency_quantum"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must not be negative")
 

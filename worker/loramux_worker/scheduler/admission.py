@@ -1,0 +1,126 @@
+"""Who of those that wait joins the batch."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush, heapreplace
+
+from loramux_worker.scheduler.allowances import Allowances
+from loramux_worker.scheduler.batch import Batch, Joining
+from loramux_worker.scheduler.client import Client, Lane
+from loramux_worker.scheduler.config import SchedulerConfig
+from loramux_worker.scheduler.fair_queue import FairQueue
+from loramux_worker.scheduler.service_meter import ServiceMeter
+from loramux_worker.scheduler.step import StepDraft
+
+
+class Admission:
+    """Gives what is left of a step to waiting sequences, those of the least-served adapters first.
+
+    For two reasons a sequence may go before the one whose turn it is, each for a bounded service, which is counted
+    in `Client.overtaken`:
+
+    - it is a rider: its adapter is in the batch already (or it needs none), so it adds no ranks and needs no copy.
+      Riders overtake another adapter for `locality`, unless they have had more than `locality` beyond its service;
+    - the one whose turn it is finds no room. After `residency_quantum` of that, nobody behind it is admitted until
+      enough of the batch has finished.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        queue: FairQueue,
+        batch: Batch,
+        meter: ServiceMeter,
+        allowances: Allowances,
+    ) -> None:
+        self._config = config
+        self._queue = queue
+        self._batch = batch
+        self._meter = meter
+        self._allowances = allowances
+        self._riders: list[tuple[float, int, Lane]] | None = None  # a heap; None: not made in this step
+
+    def fill(self, draft: StepDraft, now: float) -> None:
+        """Admit until the step is full or nobody may go. Costs a bounded number of looks at those that wait."""
+        self._riders = None
+        no_room: Client | None = None  # the first that found none
+        num_examined = 0
+        while self._may_admit(draft, no_room) and (lane := self._queue.peek()) is not None:
+            if num_examined >= self._config.max_skipped and len(self._batch):
+                self._admit_riders(draft, now, no_room)
+                break
+            if (rider := self._preferred_rider(lane)) is not None:
+                if self._batch.join(rider) is not Joining.JOINED:
+                    break
+                lane.client.overtaken += self._meter.most_service(rider.head)
+                self._begin(rider, draft, now, no_room)
+                continue
+            joining = self._batch.join(lane)
+            if joining is Joining.JOINED:
+                self._begin(lane, draft, now, no_room)
+                continue
+            if joining is Joining.NO_BLOCKS:
+                break
+            num_examined += 1
+            if joining is Joining.NO_ROOM:
+                self._queue.set_aside()
+                no_room = no_room or lane.client
+            elif lane.key is not None:  # evicted from the host tier since it was loaded
+                self._queue.park(lane.key)
+        self._queue.restore()
+
+    def _admit_riders(self, draft: StepDraft, now: float, no_room: Client | None) -> None:
+        """Admit riders alone: whoever else waits has no room, as far as one looks."""
+        while self._may_admit(draft, no_room) and (rider := self._least_rider()) is not None:
+            if self._batch.join(rider) is not Joining.JOINED:
+                break
+            self._begin(rider, draft, now, no_room)
+
+    def _may_admit(self, draft: StepDraft, no_room: Client | None) -> bool:
+        """Whether there is room for one more, and it need not be kept for the client that found none."""
+        if not draft.tokens_left or self._batch.is_full:
+            return False
+        is_reserved = no_room is not None and no_room.overtaken >= self._config.residency_quantum
+        return not is_reserved or not len(self._batch)
+
+    def _preferred_rider(self, lane: Lane) -> Lane | None:
+        """The rider that may go before the lane whose turn it is."""
+        locality, client = self._config.locality, lane.client
+        if client.overtaken >= locality or self._batch.is_rider(lane):
+            return None
+        rider = self._least_rider()
+        return rider if rider is not None and rider.client.counter <= client.counter + locality else None
+
+    def _least_rider(self) -> Lane | None:
+        """The rider of the least-served client."""
+        if self._riders is None:
+            lanes = self._batch.riders()
+            if (base_model := self._queue.ready_lane(None)) is not None:
+                lanes.append(base_model)
+            self._riders = [(lane.client.counter, lane.client.order, lane) for lane in lanes]
+            heapify(self._riders)
+        riders = self._riders
+        while riders:
+            counter, order, lane = riders[0]
+            client = lane.client
+            if client.ready_lane is not lane:
+                heappop(riders)
+            elif (counter, order) != (client.counter, client.order):
+                heapreplace(riders, (client.counter, client.order, lane))
+            else:
+                return lane
+        return None
+
+    def _begin(self, lane: Lane, draft: StepDraft, now: float, no_room: Client | None) -> None:
+        """Take the head of a lane, which has joined the batch, into the step."""
+        sequence, client = lane.head, lane.client
+        self._queue.admit(lane)
+        if self._allowances.take(client, sequence, now):
+            self._queue.hold(client)
+        if sequence.first_scheduled_at is None:
+            sequence.first_scheduled_at = now
+        if no_room is not None:
+            no_room.overtaken += self._meter.most_service(sequence)
+        self._meter.charge_chunk(client, sequence, draft.give(sequence))
+        if self._riders is not None and client.ready_lane is not None and self._batch.is_rider(client.ready_lane):
+            heappush(self._riders, (client.counter, client.order, client.ready_lane))
