@@ -39,49 +39,45 @@ class Admission:
         self._meter = meter
         self._allowances = allowances
         self._riders: list[tuple[float, int, Lane]] | None = None  # a heap; None: not made in this step
+        self._without_room: list[Client] = []  # found none in this step, the least-served first
 
     def fill(self, draft: StepDraft, now: float) -> None:
         """Admit until the step is full or nobody may go. Costs a bounded number of looks at those that wait."""
         self._riders = None
-        no_room: Client | None = None  # the first that found none
+        self._without_room.clear()
         num_examined = 0
-        while self._may_admit(draft, no_room) and (lane := self._queue.peek()) is not None:
-            if num_examined >= self._config.max_skipped and len(self._batch):
-                self._admit_riders(draft, now, no_room)
-                break
-            if (rider := self._preferred_rider(lane)) is not None:
-                if self._batch.join(rider) is not Joining.JOINED:
-                    break
-                lane.client.overtaken += self._meter.most_service(rider.head)
-                self._begin(rider, draft, now, no_room)
-                continue
+        while draft.tokens_left and not self._batch.is_full and (lane := self._next(num_examined)) is not None:
             joining = self._batch.join(lane)
             if joining is Joining.JOINED:
-                self._begin(lane, draft, now, no_room)
+                self._begin(lane, draft, now)
                 continue
             if joining is Joining.NO_BLOCKS:
                 break
             num_examined += 1
             if joining is Joining.NO_ROOM:
                 self._queue.set_aside()
-                no_room = no_room or lane.client
+                self._without_room.append(lane.client)
             elif lane.key is not None:  # evicted from the host tier since it was loaded
                 self._queue.park(lane.key)
         self._queue.restore()
 
-    def _admit_riders(self, draft: StepDraft, now: float, no_room: Client | None) -> None:
-        """Admit riders alone: whoever else waits has no room, as far as one looks."""
-        while self._may_admit(draft, no_room) and (rider := self._least_rider()) is not None:
-            if self._batch.join(rider) is not Joining.JOINED:
-                break
-            self._begin(rider, draft, now, no_room)
+    def _next(self, num_examined: int) -> Lane | None:
+        """The lane whose head may go next; None when nobody may."""
+        lane = self._queue.peek()
+        if lane is None:
+            return None
+        if num_examined >= self._config.max_skipped and len(self._batch):
+            lane = self._least_rider()  # whoever else waits has no room, as far as one looks
+        else:
+            lane = self._preferred_rider(lane) or lane
+        return lane if lane is not None and self._may_pass(lane.client) else None
 
-    def _may_admit(self, draft: StepDraft, no_room: Client | None) -> bool:
-        """Whether there is room for one more, and it need not be kept for the client that found none."""
-        if not draft.tokens_left or self._batch.is_full:
-            return False
-        is_reserved = no_room is not None and no_room.overtaken >= self._config.residency_quantum
-        return not is_reserved or not len(self._batch)
+    def _may_pass(self, client: Client) -> bool:
+        """Whether the room need not be kept for the first that found none."""
+        if not self._without_room or not len(self._batch):
+            return True
+        first, quantum = self._without_room[0], self._config.residency_quantum
+        return first.overtaken < quantum and client.counter <= first.counter + quantum
 
     def _preferred_rider(self, lane: Lane) -> Lane | None:
         """The rider that may go before the lane whose turn it is."""
@@ -111,16 +107,26 @@ class Admission:
                 return lane
         return None
 
-    def _begin(self, lane: Lane, draft: StepDraft, now: float, no_room: Client | None) -> None:
+    def _begin(self, lane: Lane, draft: StepDraft, now: float) -> None:
         """Take the head of a lane, which has joined the batch, into the step."""
         sequence, client = lane.head, lane.client
+        self._count_overtaken(lane)
         self._queue.admit(lane)
         if self._allowances.take(client, sequence, now):
             self._queue.hold(client)
         if sequence.first_scheduled_at is None:
             sequence.first_scheduled_at = now
-        if no_room is not None:
-            no_room.overtaken += self._meter.most_service(sequence)
         self._meter.charge_chunk(client, sequence, draft.give(sequence))
         if self._riders is not None and client.ready_lane is not None and self._batch.is_rider(client.ready_lane):
             heappush(self._riders, (client.counter, client.order, client.ready_lane))
+
+    def _count_overtaken(self, lane: Lane) -> None:
+        """The lane's head goes before those that found no room, and perhaps before the one whose turn it is."""
+        turn = self._queue.peek()
+        overtaken = self._without_room
+        if turn is not None and turn.client is not lane.client:
+            overtaken = [*overtaken, turn.client]
+        if overtaken:
+            service = self._meter.most_service(lane.head)
+            for client in overtaken:
+                client.overtaken += service
