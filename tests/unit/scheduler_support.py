@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from operator import or_
 
 from loramux_worker.engine.kv_cache import BlockPool
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters
@@ -165,7 +166,11 @@ class FakeEngine:
         self._check_adapters(running)
         if not chunks:
             assert not running
-            assert all(s.adapter_key in self.tiers.loading for s in self._live), "the engine idles"
+            queue = self.scheduler.queue
+            clients = [queue.client(s.adapter_key and s.adapter_key[0]) for s in self._live]
+            held = [client is not None and client.is_held for client in clients]
+            loading = [s.adapter_key in self.tiers.loading for s in self._live]
+            assert all(map(or_, held, loading)), "the engine idles"
 
     def _check_adapters(self, running: list[Sequence]) -> None:
         users = Counter(s.adapter_key for s in running if s.adapter_key is not None)

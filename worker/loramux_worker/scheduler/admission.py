@@ -9,6 +9,7 @@ from loramux_worker.scheduler.batch import Batch, Joining
 from loramux_worker.scheduler.client import Client, Lane
 from loramux_worker.scheduler.config import SchedulerConfig
 from loramux_worker.scheduler.fair_queue import FairQueue
+from loramux_worker.scheduler.ledger import ServiceLedger
 from loramux_worker.scheduler.service_meter import ServiceMeter
 from loramux_worker.scheduler.step import StepDraft
 
@@ -32,12 +33,14 @@ class Admission:
         batch: Batch,
         meter: ServiceMeter,
         allowances: Allowances,
+        ledger: ServiceLedger,
     ) -> None:
         self._config = config
         self._queue = queue
         self._batch = batch
         self._meter = meter
         self._allowances = allowances
+        self._ledger = ledger
         self._riders: list[tuple[float, int, Lane]] | None = None  # a heap; None: not made in this step
         self._without_room: list[Client] = []  # found none in this step, the least-served first
 
@@ -116,6 +119,7 @@ class Admission:
             self._queue.hold(client)
         if sequence.first_scheduled_at is None:
             sequence.first_scheduled_at = now
+            self._ledger.started(client, sequence, now)
         self._meter.charge_chunk(client, sequence, draft.give(sequence))
         if self._riders is not None and client.ready_lane is not None and self._batch.is_rider(client.ready_lane):
             heappush(self._riders, (client.counter, client.order, client.ready_lane))

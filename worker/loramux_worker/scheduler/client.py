@@ -34,6 +34,7 @@ class Client:
     """
 
     __slots__ = (
+        "_noted",
         "adapter_id",
         "counter",
         "in_heap",
@@ -53,6 +54,7 @@ class Client:
         self.policy = policy
         self.weight = policy.weight
         self.counter = 0.0
+        self._noted = 0.0  # the part of the counter that is no new service: lifts, and what `take_service` told
         self.order = order  # among equal counters: whoever became active first
         self.lanes: dict[AdapterKey | None, Lane] = {}
         self.ready_lane: Lane | None = None
@@ -65,6 +67,23 @@ class Client:
     def charge(self, service: float) -> None:
         """Count service, in weighted tokens, that the client was given."""
         self.counter += service / self.weight
+
+    def lift(self, floor: float) -> None:
+        """Raise the counter to the floor, if it is below."""
+        if self.counter < floor:
+            self._noted += floor - self.counter
+            self.counter = floor
+
+    def take_service(self) -> float:
+        """Weighted tokens that it was given since the last call."""
+        service = (self.counter - self._noted) * self.weight
+        self._noted = self.counter
+        return service
+
+    @property
+    def num_waiting(self) -> int:
+        """Its sequences that wait, parked or not."""
+        return sum(len(lane.waiting) for lane in self.lanes.values())
 
     @property
     def is_idle(self) -> bool:

@@ -62,6 +62,10 @@ class FairQueue:
             return least.counter
         return 0.0 if self._last_left is None else self._last_left.counter
 
+    def client(self, adapter_id: str | None) -> Client | None:
+        """The client, if one is kept."""
+        return self._clients.get(adapter_id)
+
     def counter(self, adapter_id: str | None) -> float:
         """The client's virtual token counter. One that is not kept would begin at the floor."""
         client = self._clients.get(adapter_id)
@@ -223,7 +227,7 @@ class FairQueue:
             self._last_left = client
         elif ready_lane is not None and client.ready_lane is None:
             self._known_floor = self.floor
-            client.counter = max(client.counter, self._known_floor)
+            client.lift(self._known_floor)
             client.order = next(self._numbers)
             client.overtaken = 0.0
         client.ready_lane = ready_lane

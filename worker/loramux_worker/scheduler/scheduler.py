@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loramux_worker.engine.kv_cache import BlockPool
+from loramux_worker.engine.protocol import AdapterStats
 from loramux_worker.engine.sequence import Sequence, SequenceStatus
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.scheduler.admission import Admission
@@ -11,6 +12,7 @@ from loramux_worker.scheduler.batch import Batch, Seat
 from loramux_worker.scheduler.config import SchedulerConfig
 from loramux_worker.scheduler.deadlines import Deadlines, StepClock
 from loramux_worker.scheduler.fair_queue import FairQueue
+from loramux_worker.scheduler.ledger import ServiceLedger
 from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.service_meter import ServiceMeter
 from loramux_worker.scheduler.step import Chunk, Step, StepDraft
@@ -56,7 +58,8 @@ class Scheduler:
         self._batch = Batch(config, blocks, adapters)
         self._meter = ServiceMeter(config)
         self._allowances = Allowances(config.max_model_len)
-        self._admission = Admission(config, self.queue, self._batch, self._meter, self._allowances)
+        self._ledger = ServiceLedger(self.queue)
+        self._admission = Admission(config, self.queue, self._batch, self._meter, self._allowances, self._ledger)
         self._sequences: dict[int, Sequence] = {}
         self._clock = StepClock()
         self._deadlines = Deadlines(self._clock, config.max_batched_tokens)
@@ -100,6 +103,7 @@ class Scheduler:
                 self._arrived.append(key)
         self._sequences[sequence.sequence_id] = sequence
         self.queue.push(sequence)
+        self._ledger.arrived(None if key is None else key[0])
         self._deadlines.add(sequence)
 
     def adapter_loaded(self, key: AdapterKey) -> None:
@@ -125,6 +129,7 @@ class Scheduler:
         if self._sequences.get(sequence.sequence_id) is not sequence:
             return
         if sequence.status is SequenceStatus.RUNNING:
+            self._ledger.collect(self._batch.seats[sequence.sequence_id].client)
             self._batch.leave(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.queue.remove(sequence)
@@ -165,6 +170,10 @@ class Scheduler:
         for sequence, num_tokens in step.chunks:
             if sequence.status is SequenceStatus.RUNNING:
                 sequence.num_computed_tokens += num_tokens
+
+    def adapter_stats(self) -> list[AdapterStats]:
+        """How each adapter fares, under a bounded number of labels. Costs O(running + labels)."""
+        return self._ledger.stats(seat.client for seat in self._batch.seats.values())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless all is in order. Walks over everything: for tests and idle times."""
