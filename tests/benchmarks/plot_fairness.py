@@ -37,6 +37,7 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         above.bar(xs, [own[trace]["light_ttft_p99_ms"] / 1e3 for trace in traces], 0.15, color=color, label=policy)
         below.bar(xs, [own[trace]["tokens_per_s"] / 1e3 for trace in traces], 0.15, color=color)
     above.set_yscale("log")
+    above.set_ylim(top=100)  # room for the legend
     above.set_ylabel("light tenants:\np99 to first token, s")
     above.legend(ncols=5, fontsize=8)
     below.set_ylabel("thousand tokens/s")

@@ -39,7 +39,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "plain VTC": partial(ours, locality=0.0, residency_quantum=math.inf),
     "ours": ours,
     **{f"locality {value}": partial(ours, locality=value) for value in (1000, 4000, 16_000)},
-    **{f"quantum {value}": partial(ours, residency_quantum=value) for value in (2048, 65_536)},
+    **{f"quantum {value}": partial(ours, residency_quantum=value) for value in (2048, 32_768)},
 }
 KNOBS = {"flood": ("locality",), "zipf": ("locality",), "tight": ("locality", "quantum")}  # where they change a thing
 RIVALS = ("first come", "round robin", "time slice", "plain VTC")

@@ -174,7 +174,7 @@ class WorkerSettings(BaseSettings):
         description="weighted tokens for which adapters that run may go before others: more throughput, longer waits",
     )
     residency_quantum: float = Field(
-        16_384.0,
+        8192.0,
         ge=0,
         description="weighted tokens admitted past an adapter without room before all wait for it",
     )

@@ -17,13 +17,14 @@ from loramux_worker.scheduler.step import StepDraft
 class Admission:
     """Gives what is left of a step to waiting sequences, those of the least-served adapters first.
 
-    For two reasons a sequence may go before the one whose turn it is, each for a bounded service, which is counted
-    in `Client.overtaken`:
+    A rider is a sequence whose adapter is in the batch already, or that needs none: it adds no ranks and needs no copy.
+    For two reasons a sequence may go before the one whose turn it is:
 
-    - it is a rider: its adapter is in the batch already (or it needs none), so it adds no ranks and needs no copy.
-      Riders overtake another adapter for `locality`, unless they have had more than `locality` beyond its service;
-    - the one whose turn it is finds no room. After `residency_quantum` of that, nobody behind it is admitted until
-      enough of the batch has finished.
+    - It is a rider, and the other is not. This ends when riders were admitted past the other for `locality`, and holds
+      only for riders that have had at most `locality` more than the other.
+    - The other finds no room. No adapter more comes into the batch when some did past the other for
+      `residency_quantum`; nobody is admitted who has had more than a quantum beyond the other's service. So enough of
+      the batch ends at last.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Admission:
         self._ledger = ledger
         self._riders: list[tuple[float, int, Lane]] | None = None  # a heap; None: not made in this step
         self._without_room: list[Client] = []  # found none in this step, the least-served first
+        self._passed: list[Client] = []  # by the sequence that goes next
 
     def fill(self, draft: StepDraft, now: float) -> None:
         """Admit until the step is full or nobody may go. Costs a bounded number of looks at those that wait."""
@@ -69,18 +71,25 @@ class Admission:
         lane = self._queue.peek()
         if lane is None:
             return None
-        if num_examined >= self._config.max_skipped and len(self._batch):
-            lane = self._least_rider()  # whoever else waits has no room, as far as one looks
-        else:
-            lane = self._preferred_rider(lane) or lane
-        return lane if lane is not None and self._may_pass(lane.client) else None
+        self._passed = []
+        if len(self._batch) and (num_examined >= self._config.max_skipped or self._is_reserved()):
+            lane = self._least_rider()  # nobody else finds room, as far as one looks
+        elif (rider := self._preferred_rider(lane)) is not None:
+            self._passed.append(lane.client)
+            lane = rider
+        elif not self._batch.is_rider(lane):
+            self._passed += self._without_room
+        return lane if lane is not None and self._is_near_enough(lane.client) else None
 
-    def _may_pass(self, client: Client) -> bool:
-        """Whether the room need not be kept for the first that found none."""
+    def _is_reserved(self) -> bool:
+        """Whether the next room is for the first that found none."""
+        return bool(self._without_room) and self._without_room[0].overtaken >= self._config.residency_quantum
+
+    def _is_near_enough(self, client: Client) -> bool:
+        """Whether it has had at most a quantum more than the first that found no room."""
         if not self._without_room or not len(self._batch):
             return True
-        first, quantum = self._without_room[0], self._config.residency_quantum
-        return first.overtaken < quantum and client.counter <= first.counter + quantum
+        return client.counter <= self._without_room[0].counter + self._config.residency_quantum
 
     def _preferred_rider(self, lane: Lane) -> Lane | None:
         """The rider that may go before the lane whose turn it is."""
@@ -113,8 +122,9 @@ class Admission:
     def _begin(self, lane: Lane, draft: StepDraft, now: float) -> None:
         """Take the head of a lane, which has joined the batch, into the step."""
         sequence, client = lane.head, lane.client
-        self._count_overtaken(lane)
         self._queue.admit(lane)
+        for passed in self._passed:
+            passed.overtaken += self._meter.most_service(sequence)
         if self._allowances.take(client, sequence, now):
             self._queue.hold(client)
         if sequence.first_scheduled_at is None:
@@ -123,14 +133,3 @@ class Admission:
         self._meter.charge_chunk(client, sequence, draft.give(sequence))
         if self._riders is not None and client.ready_lane is not None and self._batch.is_rider(client.ready_lane):
             heappush(self._riders, (client.counter, client.order, client.ready_lane))
-
-    def _count_overtaken(self, lane: Lane) -> None:
-        """The lane's head goes before those that found no room, and perhaps before the one whose turn it is."""
-        turn = self._queue.peek()
-        overtaken = self._without_room
-        if turn is not None and turn.client is not lane.client:
-            overtaken = [*overtaken, turn.client]
-        if overtaken:
-            service = self._meter.most_service(lane.head)
-            for client in overtaken:
-                client.overtaken += service

@@ -30,7 +30,7 @@ class SchedulerConfig:
     More of it means fewer distinct adapters in a step and fewer copies to the device; less of it means that an
     adapter which nobody uses just now waits less. 0 is the fair order alone."""
 
-    residency_quantum: float = 16_384.0
+    residency_quantum: float = 8192.0
     """Weighted tokens that may be admitted past an adapter for which there is no room, before all wait for it.
 
     More of it means fuller batches (adapters that are in the batch already cost nothing more), less of it means that
