@@ -176,7 +176,7 @@ class WorkerSettings(BaseSettings):
     residency_quantum: float = Field(
         8192.0,
         ge=0,
-        description="weighted tokens admitted past an adapter without room before all wait for it",
+        description="weighted tokens by which others may go past an adapter that finds no room",
     )
     policy_file: Path | None = Field(
         None,

@@ -31,10 +31,11 @@ class SchedulerConfig:
     adapter which nobody uses just now waits less. 0 is the fair order alone."""
 
     residency_quantum: float = 8192.0
-    """Weighted tokens that may be admitted past an adapter for which there is no room, before all wait for it.
+    """Weighted tokens of adapters that may come into the batch past one for which there is no room, before none may;
+    and by which others may be ahead of it, if they are still to be admitted.
 
-    More of it means fuller batches (adapters that are in the batch already cost nothing more), less of it means that
-    an adapter of a high rank waits less long behind small ones."""
+    More of it means fuller batches, less of it means that adapters wait less long for room. The default is chosen by
+    `tests/benchmarks/sim_fairness.py`."""
 
     max_skipped: int = 16
     """Adapters that a step may find without room before it looks only at those in the batch: bounds its cost."""
