@@ -215,14 +215,13 @@ def test_the_ready_lane_is_the_one_whose_head_is_next() -> None:
     queue = FairQueue()
     push(queue, 0, "a", revision="r1")
     push(queue, 1, "a", revision="r2", priority=1)
-    lane = queue.ready_lane("a")
-    assert lane is not None
+    keys = [("a", "r1"), ("a", "r2"), None]
+    (lane,) = queue.ready_lanes(keys)
     assert (lane.key, lane.head.sequence_id) == (("a", "r2"), 1)
     queue.park(("a", "r2"))
-    lane = queue.ready_lane("a")
-    assert lane is not None
+    (lane,) = queue.ready_lanes(keys)
     assert lane.key == ("a", "r1")
-    assert queue.ready_lane(None) is None
+    assert queue.ready_lanes([None]) == []
 
 
 def test_clients_that_came_once_are_forgotten() -> None:
@@ -244,8 +243,7 @@ def test_leaving_and_coming_back_is_not_a_way_to_be_served_more() -> None:
     def visit(sequence_id: int, adapter_id: str, service: float) -> None:
         """Come, be served first, leave."""
         sequence = push(queue, sequence_id, adapter_id, priority=1)
-        lane = queue.ready_lane(adapter_id)
-        assert lane is not None
+        (lane,) = queue.ready_lanes([(adapter_id, "r1")])
         assert lane.head is sequence
         queue.admit(lane)
         queue.charge(adapter_id, service)

@@ -102,9 +102,7 @@ class Admission:
     def _least_rider(self) -> Lane | None:
         """The rider of the least-served client."""
         if self._riders is None:
-            lanes = self._batch.riders()
-            if (base_model := self._queue.ready_lane(None)) is not None:
-                lanes.append(base_model)
+            lanes = self._queue.ready_lanes([*self._batch.ranks.adapters, None])
             self._riders = [(lane.client.counter, lane.client.order, lane) for lane in lanes]
             heapify(self._riders)
         riders = self._riders

@@ -37,7 +37,7 @@ class SchedulerConfig:
     More of it means fuller batches, less of it means that adapters wait less long for room. The default is chosen by
     `tests/benchmarks/sim_fairness.py`."""
 
-    max_skipped: int = 16
+    max_skipped: int = 8
     """Adapters that a step may find without room before it looks only at those in the batch: bounds its cost."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ holds down the least counter nor saves up while it waits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
@@ -166,10 +167,10 @@ class FairQueue:
         client = self._least()
         return None if client is None else client.ready_lane
 
-    def ready_lane(self, adapter_id: str | None) -> Lane | None:
-        """The lane whose head is the client's next sequence; None when it has none that could run."""
-        client = self._clients.get(adapter_id)
-        return None if client is None else client.ready_lane
+    def ready_lanes(self, keys: Iterable[AdapterKey | None]) -> list[Lane]:
+        """Of the lanes of these adapters, those whose head is the next of its client."""
+        lanes = map(self._lanes.get, keys)
+        return [lane for lane in lanes if lane is not None and lane.client.ready_lane is lane]
 
     def set_aside(self) -> None:
         """Hide the client of the lane that `peek` shows, until `restore`. There must be one."""

@@ -41,10 +41,13 @@ class ServiceMeter:
 
     def charge_decodes(self, seats: Iterable[Seat]) -> None:
         """Charge the clients of sequences that each read their last known token and sample the next."""
+        generated_weight = self._generated_weight
         for seat in seats:
             client = seat.client
-            service = self._generated_weight if seat.sequence.generated_token_ids else self.service(seat.sequence, 1)
-            client.counter += service / client.weight
+            if seat.sequence.generated_token_ids:
+                client.counter += generated_weight / client.weight
+            else:
+                client.charge(self.service(seat.sequence, 1))
 
     def most_service(self, sequence: Sequence) -> float:
         """Weighted tokens that the whole sequence can count for at most."""
