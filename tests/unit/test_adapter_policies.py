@@ -23,7 +23,7 @@ tokens_per_second = 2000
 max_running = 32
 
 [[adapters]]
-pattern = ""
+pattern = "base"
 weight = 0.5
 """
 
@@ -41,6 +41,8 @@ class TestFile:
         assert policies.of("acme/support") == AdapterPolicy("acme/*", 4.0, 2000.0, 32)
         assert policies.of("other/support").weight == 2.0
         assert policies.of(None).weight == 0.5, "the base model"
+        assert policies.of("base").weight == 1.0, "an adapter of that name"
+        assert Policies([AdapterPolicy("*", weight=3.0)]).of(None).weight == 1.0, "only `base` is the base model"
         assert policies.of("Acme/support").weight == 2.0, "case matters"
         assert policies.of("other/tune") == AdapterPolicy("*")
 
@@ -50,7 +52,7 @@ class TestFile:
         settings = load_settings(["--model", "gpt2", "--policy-file", str(path)])
         config = EngineConfig("gpt2", policies=settings.policies)
         assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
-        assert [policy.pattern for policy in config.policies] == ["acme/*", ""]
+        assert [policy.pattern for policy in config.policies] == ["acme/*", "base"]
 
     @pytest.mark.parametrize(
         ("text", "reason"),

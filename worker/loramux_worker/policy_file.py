@@ -1,7 +1,7 @@
 """The file of `--policy-file`: what each adapter may have.
 
 [[adapters]]                 # the first whose pattern matches holds; others have weight 1 and no limits
-pattern = "acme/*"           # fnmatch; the base model is ""
+pattern = "acme/*"           # fnmatch; `base` alone is the base model
 weight = 4.0                 # of the service, while others wait too
 tokens_per_second = 2000.0   # prompt and generated, of one engine; what is beyond waits
 max_running = 32             # requests at the same time, of one engine; what is beyond waits

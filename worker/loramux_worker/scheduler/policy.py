@@ -9,11 +9,14 @@ from typing import Annotated
 
 import msgspec
 
+from loramux_worker.adapter_labels import BASE
+
 AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class AdapterPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Weight and limits of each adapter whose id matches `pattern` (fnmatch, case matters; the base model is "").
+    """Weight and limits of each adapter whose id matches `pattern` (fnmatch, case matters; `base`
+    alone is the base model).
 
     Limits are of one engine. What is beyond them waits, it does not fail.
     """
@@ -33,8 +36,16 @@ class Policies:
     _DEFAULT = AdapterPolicy("*")
 
     def __init__(self, policies: Iterable[AdapterPolicy] = ()) -> None:
-        self._policies = [(re.compile(fnmatch.translate(policy.pattern)).match, policy) for policy in policies]
+        policies = tuple(policies)
+        self._base_model = next((policy for policy in policies if policy.pattern == BASE), self._DEFAULT)
+        self._adapters = [
+            (re.compile(fnmatch.translate(policy.pattern)).match, policy)
+            for policy in policies
+            if policy.pattern != BASE
+        ]
 
     def of(self, adapter_id: str | None) -> AdapterPolicy:
         """The policy of an adapter; None is the base model."""
-        return next((policy for matches, policy in self._policies if matches(adapter_id or "")), self._DEFAULT)
+        if adapter_id is None:
+            return self._base_model
+        return next((policy for matches, policy in self._adapters if matches(adapter_id)), self._DEFAULT)
