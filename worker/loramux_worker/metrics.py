@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from loramux_schemas import ErrorCode, Timing
 from loramux_worker.adapter_labels import OTHER, AdapterLabels
 from loramux_worker.adapters.catalog import AdapterCatalog
-from loramux_worker.engine.protocol import SOURCES, AdapterMoved, Stats
+from loramux_worker.engine.protocol import SOURCES, AdapterMoved, AdapterStats, Stats
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
@@ -116,7 +116,7 @@ class WorkerCollector(Collector):
         """Engines (their sum), tiers, partitions."""
         stats = self._pool.stats
         yield from self._engines(stats)
-        yield from self._adapters(stats)
+        yield from adapter_families([row for engine in stats for row in engine.adapters])
         yield from self._tiers(stats)
         by_partition = {
             "kafka_lag": ("Records of a partition that are not committed yet.", self._intake.lag()),
@@ -145,24 +145,6 @@ class WorkerCollector(Collector):
             sum_value=_total(stats, "step_seconds_total"),
         )
         yield _counter("engine_restarts", "Engine processes that died and were replaced.", self._pool.restarts)
-
-    def _adapters(self, stats: list[Stats]) -> Iterator[Metric]:
-        """How each adapter fares in the fair queues; of too many labels, those that got least become `other`."""
-        rows = [row for engine in stats for row in engine.adapters]
-        service: dict[str, float] = {}
-        for row in rows:
-            service[row.adapter] = service.get(row.adapter, 0.0) + row.service_total
-        service.pop(OTHER, None)
-        named = set(nlargest(_MAX_ADAPTER_LABELS, service, key=service.__getitem__))
-        for name, (kind, help_text) in _ADAPTER_FAMILIES.items():
-            values: dict[str, float] = {}
-            for row in rows:
-                label = row.adapter if row.adapter in named else OTHER
-                values[label] = values.get(label, 0.0) + getattr(row, name)
-            family = kind(f"loramux_adapter_{name.removesuffix('_total')}", help_text, labels=["adapter"])
-            for label, value in values.items():
-                family.add_metric([label], value)
-            yield family
 
     def _tiers(self, stats: list[Stats]) -> Iterator[Metric]:
         resident = GaugeMetricFamily("loramux_adapters_resident", "Adapters in a tier.", labels=["tier"])
@@ -198,6 +180,24 @@ class TransactionCollector(Collector):
         family = CounterMetricFamily("loramux_transactions", "Transactions by their outcome.", labels=["outcome"])
         for outcome, count in self._exactly_once.transactions.items():
             family.add_metric([outcome], count)
+        yield family
+
+
+def adapter_families(rows: Sequence[AdapterStats]) -> Iterator[Metric]:
+    """How each adapter fares in the fair queues of all engines; of too many, those that got least are `other`."""
+    service: dict[str, float] = {}
+    for row in rows:
+        service[row.adapter] = service.get(row.adapter, 0.0) + row.service_total
+    service.pop(OTHER, None)
+    named = set(nlargest(_MAX_ADAPTER_LABELS, service, key=service.__getitem__))
+    for name, (kind, help_text) in _ADAPTER_FAMILIES.items():
+        values: dict[str, float] = {}
+        for row in rows:
+            label = row.adapter if row.adapter in named else OTHER
+            values[label] = values.get(label, 0.0) + getattr(row, name)
+        family = kind(f"loramux_adapter_{name.removesuffix('_total')}", help_text, labels=["adapter"])
+        for label, value in values.items():
+            family.add_metric([label], value)
         yield family
 
 
