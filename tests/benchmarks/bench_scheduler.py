@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from loramux_worker.engine.kv_cache import BlockPool
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters
 from loramux_worker.engine.sequence import Sequence
-from loramux_worker.scheduler import AdapterKey, Scheduler, SchedulerConfig
+from loramux_worker.scheduler import AdapterKey, AdapterPolicy, Demand, Policies, Scheduler, SchedulerConfig
 
 Choice = Callable[[random.Random], int]
 
@@ -35,6 +35,9 @@ class PagedTiers:
         self.slots = slots
         self.arrived = arrived
         self.pins: dict[AdapterKey, int] = {}
+
+    def follow(self, demand: Demand) -> None:
+        pass
 
     def rank(self, key: AdapterKey) -> int | None:
         return 4 << (int(key[0]) % 5) if self.arrived else None
@@ -61,6 +64,13 @@ class Case:
     max_batch_ranks: int = 4096
     blocks: int = 20_000
     arrived: bool = True
+    locality: float = 0.0
+    limited: bool = False  # half of the adapters may run one request at a time and have few tokens a second
+
+    def scheduler(self) -> Scheduler:
+        config = SchedulerConfig(max_model_len=2048, max_batch_ranks=self.max_batch_ranks, locality=self.locality)
+        limits = [AdapterPolicy("*[13579]", tokens_per_second=500.0, max_running=1)] if self.limited else []
+        return Scheduler(config, BlockPool(self.blocks, 16), PagedTiers(self.slots, self.arrived), Policies(limits))
 
 
 def uniform(num_adapters: int) -> Choice:
@@ -77,6 +87,8 @@ def cases(num_adapters: int) -> list[Case]:
         Case("uniform, 1,024 ranks", uniform(num_adapters), max_batch_ranks=1024),
         Case("uniform, KV cache short: preemptions", uniform(num_adapters), blocks=1200),
         Case("half of the load on one adapter", flood, slots=64),
+        Case("locality of 4,000", uniform(num_adapters), locality=4000.0),
+        Case("limits on every other adapter", uniform(num_adapters), limited=True),
         Case("every adapter still loading", uniform(num_adapters), arrived=False),
     ]
 
@@ -84,9 +96,8 @@ def cases(num_adapters: int) -> list[Case]:
 def measure(case: Case, waiting: int, steps: int) -> dict[str, float | int | str]:
     """Costs in milliseconds a call."""
     random_ = random.Random(0)
-    config = SchedulerConfig(max_model_len=2048, max_batch_ranks=case.max_batch_ranks)
-    scheduler = Scheduler(config, BlockPool(case.blocks, 16), PagedTiers(case.slots, case.arrived))
-    schedule, advance, add = [], [], []
+    scheduler = case.scheduler()
+    schedule, advance, add, finish, tell = [], [], [], [], []
 
     def add_one(sequence_id: int) -> None:
         adapter_id = str(case.choice(random_))
@@ -104,9 +115,9 @@ def measure(case: Case, waiting: int, steps: int) -> dict[str, float | int | str
     for next_id in range(waiting):
         add_one(next_id)
     next_id, running, adapters, preemptions = waiting, [], [], 0
-    for _ in range(steps):
+    for number in range(steps):
         start = time.thread_time()
-        step = scheduler.schedule(0.0)
+        step = scheduler.schedule(0.02 * number)
         middle = time.thread_time()
         samples = [chunk.sequence for chunk in step.chunks if chunk.samples]
         resume = time.thread_time()
@@ -119,7 +130,13 @@ def measure(case: Case, waiting: int, steps: int) -> dict[str, float | int | str
         for sequence in samples:
             sequence.generated_token_ids.append(1)
             if len(sequence.generated_token_ids) == sequence.sampling.max_new_tokens:
+                start = time.thread_time()
                 scheduler.finish(sequence)
+                finish.append(time.thread_time() - start)
+        if number % 12 == 0:  # the engine does so four times a second
+            start = time.thread_time()
+            scheduler.adapter_stats()
+            tell.append(time.thread_time() - start)
         while scheduler.num_waiting < waiting:
             add_one(next_id)
             next_id += 1
@@ -131,6 +148,8 @@ def measure(case: Case, waiting: int, steps: int) -> dict[str, float | int | str
         "schedule_ms_p99": milliseconds(sorted(schedule)[int(0.99 * len(schedule))]),
         "schedule_ms_max": milliseconds(max(schedule)),
         "advance_ms_p50": milliseconds(statistics.median(advance)),
+        "stats_ms_p50": milliseconds(statistics.median(tell)),
+        "finish_us_p50": round(1e6 * statistics.median(finish), 2) if finish else None,
         "add_us_p50": round(1e6 * statistics.median(add), 2),
         "sequences_per_step": round(statistics.fmean(running), 1),
         "adapters_per_step": round(statistics.fmean(adapters), 1),

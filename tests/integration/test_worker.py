@@ -285,6 +285,8 @@ def test_metrics_and_probes(served: Serving) -> None:
         "time_to_first_token_seconds",
         "kv_cache_usage_ratio",
         "batch_adapters",
+        "adapter_service_total{adapter=",
+        "adapter_deficit{adapter=",
     ):
         assert f"loramux_{name}" in page
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from operator import or_
 
 from loramux_worker.engine.kv_cache import BlockPool
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters
 from loramux_worker.engine.sequence import Sequence, SequenceStatus
-from loramux_worker.scheduler import AdapterKey, Scheduler, SchedulerConfig, Step
+from loramux_worker.scheduler import AdapterKey, Demand, Policies, Scheduler, SchedulerConfig, Step
 
 
 def make_sequence(
@@ -43,6 +44,9 @@ class FakeTiers:
         self.resident: dict[AdapterKey, None] = {}  # least recently acquired first
         self.pins: Counter[AdapterKey] = Counter()
 
+    def follow(self, demand: Demand) -> None:
+        self.demand = demand
+
     def true_rank(self, key: AdapterKey) -> int:
         return self.ranks.get(key[0], 8)
 
@@ -76,12 +80,18 @@ class FakeEngine:
     """Runs the steps of a scheduler, checks each, and keeps account of the service that every adapter got."""
 
     def __init__(
-        self, config: SchedulerConfig, *, num_blocks: int = 256, block_size: int = 4, tiers: FakeTiers | None = None
+        self,
+        config: SchedulerConfig,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 4,
+        tiers: FakeTiers | None = None,
+        policies: Policies | None = None,
     ) -> None:
         self.config = config
         self.blocks = BlockPool(num_blocks, block_size)
         self.tiers = tiers or FakeTiers()
-        self.scheduler = Scheduler(config, self.blocks, self.tiers)
+        self.scheduler = Scheduler(config, self.blocks, self.tiers, policies)
         self.num_steps = 0
         self.num_preemptions = 0
         self.finished: list[Sequence] = []
@@ -156,7 +166,11 @@ class FakeEngine:
         self._check_adapters(running)
         if not chunks:
             assert not running
-            assert all(s.adapter_key in self.tiers.loading for s in self._live), "the engine idles"
+            queue = self.scheduler.queue
+            clients = [queue.client(s.adapter_key and s.adapter_key[0]) for s in self._live]
+            held = [client is not None and client.is_held for client in clients]
+            loading = [s.adapter_key in self.tiers.loading for s in self._live]
+            assert all(map(or_, held, loading)), "the engine idles"
 
     def _check_adapters(self, running: list[Sequence]) -> None:
         users = Counter(s.adapter_key for s in running if s.adapter_key is not None)

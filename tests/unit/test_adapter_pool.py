@@ -176,6 +176,30 @@ def test_counts_and_evicted_slots_mean_no_adapter() -> None:
     assert pool.rank_of(("a1", "r")) is None
 
 
+def test_who_is_needed_leaves_last_and_of_those_who_is_served_last() -> None:
+    turns = {"a1": 5.0, "a2": 9.0, "a3": 1.0}
+
+    class Waiting:
+        def waits(self, key: tuple[str, str]) -> bool:
+            return key[0] in turns
+
+        def turn(self, adapter_id: str | None) -> float:
+            return turns[adapter_id or ""]
+
+    pool = AdapterPool(4 * sized(0, 4).layout.num_elements, len(TARGETS), 8, CPU, torch.float32)
+    pool.demand = Waiting()
+    for number in (1, 0, 2, 3):
+        pool.load(sized(number, 4))
+    left = []
+    for number in (4, 5, 6):
+        before = set(pool.keys())
+        pool.load(sized(number, 4))
+        pool.pin(sized(number, 4).key)
+        left += before - pool.keys()
+        pool.check_integrity()
+    assert left == [("a0", "r"), ("a2", "r"), ("a1", "r")]
+
+
 def test_too_large_or_pinned_changes_nothing() -> None:
     pool = AdapterPool(16 * 4, len(TARGETS), 8, CPU, torch.float32)
     assert pool.load(sized(1, 2)) is not None

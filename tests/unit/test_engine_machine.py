@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from loramux_worker.engine.engine import Engine
 from loramux_worker.engine.in_flight import InFlightStep, pending_inputs
 from loramux_worker.engine.kv_cache import BlockPool
 from loramux_worker.engine.pending_sample import PendingSample
-from loramux_worker.engine.protocol import Cancel, EngineMessage, Outputs, SamplingParameters, Submit
+from loramux_worker.engine.protocol import Cancel, EngineMessage, Failed, Outputs, SamplingParameters, Submit
 from loramux_worker.engine.runner import Runner
 from loramux_worker.engine.sequence import PENDING_TOKEN, Sequence
 from loramux_worker.scheduler import Scheduler, SchedulerConfig, Step
@@ -179,3 +181,23 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
+
+
+def test_a_deadline_that_cannot_be_met_is_answered_at_once_and_says_why() -> None:
+    heard: list[EngineMessage] = []
+    scheduler = Scheduler(SchedulerConfig(max_model_len=MAX_MODEL_LEN), BlockPool(12, BLOCK_SIZE), FakeTiers())
+    engine = Engine(scheduler, FakeRunner(12), NoAdapters(), MAX_MODEL_LEN, heard.append, pipeline_depth=0)
+    scheduler._clock.least_seconds = 10.0  # as if steps took so long
+    sampling = SamplingParameters(16, ignore_eos=True)
+    soon = time.time() + 60.0
+    engine.handle(Submit(1, [5, 6], sampling, deadline=soon, fewest_tokens=16))
+    engine.handle(Submit(2, [5, 6], sampling, deadline=soon))
+    engine.handle(Submit(3, [5, 6], sampling, deadline=soon + 3600.0, fewest_tokens=16))
+    engine.handle(Submit(4, [5, 6], sampling, deadline=soon - 61.0))
+    engine.step()
+    failed = {message.sequence_id: message for message in heard if isinstance(message, Failed)}
+    assert failed.keys() == {1, 4}
+    assert {message.code for message in failed.values()} == {"deadline_exceeded"}
+    assert failed[1].message == "the deadline cannot be met: at least 16 more tokens are to be generated"
+    assert failed[4].message == "the deadline passed during generation"
+    assert scheduler.num_running == 2

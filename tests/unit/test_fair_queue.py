@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loramux_worker.engine.sequence import Sequence
-from loramux_worker.scheduler import AdapterKey, FairQueue
+from loramux_worker.scheduler import AdapterKey, AdapterPolicy, FairQueue, Policies
 from unit.scheduler_support import make_sequence
 
 
@@ -39,8 +38,7 @@ def test_the_least_served_adapter_goes_first() -> None:
 
 
 def test_service_is_divided_by_the_weight() -> None:
-    queue = FairQueue()
-    queue.set_weight("heavy", 4.0)
+    queue = FairQueue(Policies([AdapterPolicy("heavy", weight=4.0)]))
     for sequence_id in range(10):
         push(queue, sequence_id, "heavy" if sequence_id < 8 else "light")
     order = [admit(queue, 12.0) for _ in range(10)]
@@ -49,19 +47,45 @@ def test_service_is_divided_by_the_weight() -> None:
     assert queue.counter("light") == 24.0
 
 
-def test_a_weight_set_later_holds_from_then_on() -> None:
+def test_an_adapter_runs_no_more_sequences_than_it_may() -> None:
+    queue = FairQueue(Policies([AdapterPolicy("a", max_running=2)]))
+    sequences = [push(queue, sequence_id, "a") for sequence_id in range(4)]
+    push(queue, 4, "b")
+    assert [admit(queue, 1.0) for _ in range(3)] == [0, 4, 1]
+    assert queue.peek() is None, "two of a run, two wait"
+    queue.remove(sequences[0])
+    assert admit(queue, 1.0) == 2
+    queue.check_integrity()
+
+
+def test_an_adapter_that_is_held_neither_goes_nor_saves_up() -> None:
     queue = FairQueue()
-    push(queue, 0, "a")
-    queue.charge("a", 10.0)
-    queue.set_weight("a", 2.0)
-    queue.charge("a", 10.0)
-    assert queue.counter("a") == 15.0
+    for sequence_id in range(6):
+        push(queue, sequence_id, "ab"[sequence_id % 2])
+    lane = queue.peek()
+    assert lane is not None
+    queue.hold(lane.client)
+    assert [admit(queue, 10.0), admit(queue, 10.0)] == [1, 3]
+    queue.release("a")
+    assert queue.counter("a") == 20.0
+    queue.release("never seen")
+    assert admit(queue) == 5, "both have the same, and b waited longer"
+    queue.check_integrity()
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
-def test_a_weight_must_be_above_zero(weight: float) -> None:
-    with pytest.raises(ValueError, match="the weight of a is"):
-        FairQueue().set_weight("a", weight)
+def test_an_adapter_stays_held_while_it_is_away() -> None:
+    queue = FairQueue()
+    sequence = push(queue, 0, "a")
+    lane = queue.peek()
+    assert lane is not None
+    queue.admit(lane)
+    queue.hold(lane.client)
+    queue.remove(sequence)
+    assert queue.num_clients == 0
+    push(queue, 1, "a")
+    assert queue.peek() is None
+    queue.release("a")
+    assert admit(queue) == 1
 
 
 def test_the_base_model_is_a_client_of_its_own() -> None:
@@ -191,14 +215,13 @@ def test_the_ready_lane_is_the_one_whose_head_is_next() -> None:
     queue = FairQueue()
     push(queue, 0, "a", revision="r1")
     push(queue, 1, "a", revision="r2", priority=1)
-    lane = queue.ready_lane("a")
-    assert lane is not None
+    keys = [("a", "r1"), ("a", "r2"), None]
+    (lane,) = queue.ready_lanes(keys)
     assert (lane.key, lane.head.sequence_id) == (("a", "r2"), 1)
     queue.park(("a", "r2"))
-    lane = queue.ready_lane("a")
-    assert lane is not None
+    (lane,) = queue.ready_lanes(keys)
     assert lane.key == ("a", "r1")
-    assert queue.ready_lane(None) is None
+    assert queue.ready_lanes([None]) == []
 
 
 def test_clients_that_came_once_are_forgotten() -> None:
@@ -220,8 +243,7 @@ def test_leaving_and_coming_back_is_not_a_way_to_be_served_more() -> None:
     def visit(sequence_id: int, adapter_id: str, service: float) -> None:
         """Come, be served first, leave."""
         sequence = push(queue, sequence_id, adapter_id, priority=1)
-        lane = queue.ready_lane(adapter_id)
-        assert lane is not None
+        (lane,) = queue.ready_lanes([(adapter_id, "r1")])
         assert lane.head is sequence
         queue.admit(lane)
         queue.charge(adapter_id, service)
@@ -264,11 +286,13 @@ def test_who_is_admitted_was_overtaken_enough() -> None:
 
 
 class ReferenceQueue:
-    """Algorithm 2 of the paper with weights and parking, by scans over everything, forgetting nobody."""
+    """Algorithm 2 of the paper with policies and parking, by scans over everything, forgetting nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, policies: Policies) -> None:
+        self.policies = policies
         self.counters: defaultdict[str | None, float] = defaultdict(float)
-        self.weights: defaultdict[str | None, float] = defaultdict(lambda: 1.0)
+        self.running: Counter[str | None] = Counter()
+        self.held: set[str | None] = set()
         self.since: dict[str | None, int] = {}
         self.waiting: list[Sequence] = []
         self.arrivals: dict[int, int] = {}
@@ -278,7 +302,8 @@ class ReferenceQueue:
         self.clock = 0
 
     def refresh(self) -> None:
-        active = {s.adapter_key and s.adapter_key[0] for s in self.waiting if s.adapter_key not in self.parked}
+        clients = {s.adapter_key and s.adapter_key[0] for s in self.waiting if s.adapter_key not in self.parked}
+        active = {client for client in clients if client not in self.held and self.running[client] < self.most(client)}
         for client in active - self.active:
             others = [self.counters[other] for other in self.active]
             self.counters[client] = max(self.counters[client], min(others, default=self.counters[self.last_left]))
@@ -287,6 +312,10 @@ class ReferenceQueue:
         for client in self.active - active:
             self.last_left = client
         self.active = active
+
+    def most(self, client: str | None) -> float:
+        most = self.policies.of(client).max_running
+        return float("inf") if most is None else most
 
     def push(self, sequence: Sequence) -> None:
         self.arrivals.setdefault(sequence.sequence_id, len(self.arrivals))
@@ -322,10 +351,18 @@ class FairQueueMachine(RuleBasedStateMachine):
     adapters = st.sampled_from(["a", "b", "c", "d", None])
     revisions = st.sampled_from(["r1", "r2"])
 
+    policies = Policies(
+        [
+            AdapterPolicy("a", weight=0.5),
+            AdapterPolicy("b", weight=4.0, max_running=1),
+            AdapterPolicy("c", weight=2.0, max_running=2),
+        ]
+    )
+
     def __init__(self) -> None:
         super().__init__()
-        self.queue = FairQueue()
-        self.reference = ReferenceQueue()
+        self.queue = FairQueue(self.policies)
+        self.reference = ReferenceQueue(self.policies)
         self.running: list[Sequence] = []
         self.num_sequences = 0
 
@@ -346,6 +383,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         sequence = lane.head
         self.queue.admit(lane)
         self.queue.restore()
+        self.reference.running[lane.client.adapter_id] += 1
         self.reference.take(sequence)
         self.running.append(sequence)
         self.charge_client(lane.client.adapter_id, service)
@@ -363,6 +401,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.running.remove(sequence)
         sequence.num_preemptions += 1
         self.queue.requeue(sequence)
+        self.reference.running[sequence.adapter_key and sequence.adapter_key[0]] -= 1
         self.reference.push(sequence)
 
     @precondition(lambda self: self.running)
@@ -371,6 +410,8 @@ class FairQueueMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(self.running))
         self.running.remove(sequence)
         self.queue.remove(sequence)
+        self.reference.running[sequence.adapter_key and sequence.adapter_key[0]] -= 1
+        self.reference.refresh()
 
     @precondition(lambda self: self.reference.waiting)
     @rule(data=st.data())
@@ -396,14 +437,26 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.reference.parked.remove(key)
         self.reference.refresh()
 
-    @rule(adapter_id=adapters, weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]))
-    def set_weight(self, adapter_id: str | None, weight: float) -> None:
-        self.queue.set_weight(adapter_id, weight)
-        self.reference.weights[adapter_id] = weight
+    @precondition(lambda self: self.reference.active)
+    @rule()
+    def hold(self) -> None:
+        lane = self.queue.peek()
+        assert lane is not None
+        self.queue.hold(lane.client)
+        self.reference.held.add(lane.client.adapter_id)
+        self.reference.refresh()
+
+    @precondition(lambda self: self.reference.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from(sorted(self.reference.held, key=str)))
+        self.queue.release(client)
+        self.reference.held.remove(client)
+        self.reference.refresh()
 
     def charge_client(self, adapter_id: str | None, service: int) -> None:
         self.queue.charge(adapter_id, service)
-        self.reference.counters[adapter_id] += service / self.reference.weights[adapter_id]
+        self.reference.counters[adapter_id] += service / self.policies.of(adapter_id).weight
 
     @invariant()
     def agrees_with_the_reference(self) -> None:

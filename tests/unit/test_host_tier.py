@@ -163,6 +163,19 @@ def test_what_is_wanted_is_loaded_before_what_is_only_prefetched(tmp_path: Path,
     assert keys == [others[i].key for i in (1, 3, 0, 2)]
 
 
+def test_what_is_served_sooner_is_loaded_first(tmp_path: Path, single: Loader) -> None:
+    first, *others = (adapter(tmp_path, name, 2) for name in "fabcd")
+    single.go.clear()
+    single.load(first)
+    for reference, turn in zip(others, (30.0, 10.0, 20.0, 10.0), strict=True):
+        single.tier.load(reference)
+        single.tier.want(reference.key, turn)
+    single.tier.want(others[0].key, 0.0)  # it has its turn
+    single.go.set()
+    keys = [result.key for result in single.results(4)]
+    assert keys == [others[i].key for i in (1, 3, 2, 0)]
+
+
 def test_a_prefetch_that_waits_for_room_gives_way_to_what_is_wanted(tmp_path: Path, single: Loader) -> None:
     a, prefetched, wanted = (adapter(tmp_path, name, rank) for name, rank in (("a", 8), ("p", 8), ("w", 4)))
     single.tier.want(a.key)

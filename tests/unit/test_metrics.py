@@ -7,8 +7,8 @@ from prometheus_client import generate_latest
 
 from loramux_schemas import ErrorCode, Timing
 from loramux_worker import metrics as metrics_module
-from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
-from loramux_worker.metrics import Metrics
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference, AdapterStats
+from loramux_worker.metrics import Metrics, adapter_families
 
 
 def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
@@ -45,3 +45,28 @@ def test_loads_are_observed_by_the_way_they_took() -> None:
     page = generate_latest(metrics.registry).decode()
     for way in ('from="store",to="disk"', 'from="disk",to="host"', 'from="host",to="gpu"'):
         assert f"loramux_adapter_load_seconds_sum{{{way}}} 0.3" in page
+
+
+def test_fairness_is_summed_over_engines_and_its_labels_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "_MAX_ADAPTER_LABELS", 2)
+    rows = [
+        AdapterStats("a", 10.0, 1.0, 3, 1, 4, 0.0),
+        AdapterStats("b", 8.0, 0.5, 2, 0, 1, 2.0),
+        AdapterStats("other", 100.0, 9.0, 30, 0, 7, 0.0),
+        AdapterStats("c", 9.0, 2.0, 1, 1, 0, 0.0),
+        AdapterStats("a", 1.0, 0.0, 1, 2, 5, 6.0),
+        AdapterStats("other", 0.0, 0.0, 0, 0, 0, 0.0),
+    ]
+    samples = {
+        (sample.name, sample.labels["adapter"]): sample.value
+        for family in adapter_families(rows)
+        for sample in family.samples
+    }
+    assert {label for _, label in samples} == {"a", "c", "other"}
+    assert samples["loramux_adapter_service_total", "a"] == 11.0
+    assert samples["loramux_adapter_service_total", "other"] == 108.0
+    assert samples["loramux_adapter_queue_seconds_total", "c"] == 2.0
+    assert samples["loramux_adapter_started_total", "a"] == 4.0
+    assert samples["loramux_adapter_running", "a"] == 3.0
+    assert samples["loramux_adapter_waiting", "other"] == 8.0
+    assert samples["loramux_adapter_deficit", "a"] == 6.0

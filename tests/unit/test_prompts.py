@@ -13,7 +13,7 @@ from loramux_schemas import ErrorCode, Request
 from loramux_worker.adapters.text_files import TOKENIZER_FILE
 from loramux_worker.engine.protocol import PROTOCOL_VERSION, Ready
 from loramux_worker.errors import RequestFailed
-from loramux_worker.prompts import prompt_token_ids
+from loramux_worker.prompts import fewest_tokens, prompt_token_ids
 from loramux_worker.text.adapter_text import AdapterText
 from loramux_worker.text.tokenizer import Tokenizer
 
@@ -61,3 +61,18 @@ async def test_ids_outside_the_vocabulary_are_the_requests_fault(grown: Tokenize
     with pytest.raises(RequestFailed, match="prompt_token_ids: 500 is outside the vocabulary of 400") as refused:
         await prompt_token_ids(request(adapter_id="a", prompt_token_ids=[500]), grown, limits(400))
     assert refused.value.code is ErrorCode.INVALID_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fewest"),
+    [
+        ({"max_new_tokens": 9}, 1),
+        ({"max_new_tokens": 9, "ignore_eos": True}, 9),
+        ({"max_new_tokens": 9, "ignore_eos": True, "stop": ["x"]}, 1),
+        ({"max_new_tokens": 9, "ignore_eos": True, "stop_token_ids": [3]}, 1),
+        ({"max_new_tokens": 9, "min_new_tokens": 4, "stop_token_ids": [3]}, 4),
+    ],
+)
+def test_the_tokens_that_a_request_generates_for_sure(parameters: dict[str, object], fewest: int) -> None:
+    value = {"request_id": "r", "prompt": "hi", "parameters": parameters}
+    assert fewest_tokens(Request.from_json(json.dumps(value).encode())) == fewest

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_worker.engine.sequence import Sequence
-from loramux_worker.scheduler import SchedulerConfig
+from loramux_worker.scheduler import AdapterPolicy, Policies, SchedulerConfig
 from unit.scheduler_support import FakeEngine, FakeTiers
 
 BLOCK_SIZE = 4
@@ -98,10 +98,9 @@ def test_with_one_slot_for_two_adapters_the_quantum_adds_to_the_bound(quantum: f
 def test_weights_share_the_service(num_blocks: int) -> None:
     """1 : 2 : 4 within 5 %, whatever the lengths, also while preempting."""
     config = SchedulerConfig(max_model_len=100, max_batched_tokens=64, max_batch_sequences=12)
-    engine = FakeEngine(config, num_blocks=num_blocks)
     shares = {"bronze": 1.0, "silver": 2.0, "gold": 4.0}
-    for adapter_id, share in shares.items():
-        engine.scheduler.queue.set_weight(adapter_id, share)
+    policies = Policies(AdapterPolicy(adapter_id, weight=share) for adapter_id, share in shares.items())
+    engine = FakeEngine(config, num_blocks=num_blocks, policies=policies)
     random_ = random.Random(1)
 
     def draw(adapter_id: str) -> dict[str, int]:

@@ -30,7 +30,7 @@ from loramux_worker.errors import Poisonous, RequestFailed
 from loramux_worker.generation import Generation
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.pool import EnginePool
-from loramux_worker.prompts import prompt_token_ids, sampling_parameters
+from loramux_worker.prompts import fewest_tokens, prompt_token_ids, sampling_parameters
 from loramux_worker.replies import Answer, ReplyWriter, Topics
 from loramux_worker.stopwatch import Stopwatch
 from loramux_worker.text.assembler import TextAssembler
@@ -163,6 +163,7 @@ class Answerer:
             adapter,
             priority=request.priority,
             deadline=None if request.deadline_ms is None else request.deadline_ms / 1000,
+            fewest_tokens=fewest_tokens(request),
         )
         try:
             count = await self._follow(request, route, generation, assembler)

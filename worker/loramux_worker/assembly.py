@@ -144,6 +144,7 @@ def _engine_configs(settings: WorkerSettings) -> list[EngineConfig]:
     }
     for name in ("kv_cache_memory", "adapter_memory", "host_memory"):
         shared[name] = None if shared[name] is None else int(shared[name])  # the wire knows no ByteSize
+    shared["policies"] = settings.policies
     return [EngineConfig(**{**shared, "device": device}) for device in _devices(settings)]
 
 

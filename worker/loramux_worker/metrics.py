@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
@@ -11,8 +11,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loramux_schemas import ErrorCode, Timing
+from loramux_worker.adapter_labels import OTHER, AdapterLabels
 from loramux_worker.adapters.catalog import AdapterCatalog
-from loramux_worker.engine.protocol import SOURCES, AdapterMoved, Stats
+from loramux_worker.engine.protocol import SOURCES, AdapterMoved, AdapterStats, Stats
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
@@ -23,6 +24,14 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _MAX_ADAPTER_LABELS = 100
 # from 0 on: the first failure is an increase too
 _NO_LOOKUPS = {("store", code.value): 0 for code in ErrorCode if code.startswith("adapter_")}
+_ADAPTER_FAMILIES: dict[str, tuple[type[CounterMetricFamily | GaugeMetricFamily], str]] = {
+    "service_total": (CounterMetricFamily, "Weighted tokens that an adapter was given."),
+    "queue_seconds_total": (CounterMetricFamily, "Time that requests waited for their turn, of those that began."),
+    "started_total": (CounterMetricFamily, "Requests that began to run."),
+    "running": (GaugeMetricFamily, "Requests of an adapter in the running batch."),
+    "waiting": (GaugeMetricFamily, "Requests of an adapter that wait in an engine."),
+    "deficit": (GaugeMetricFamily, "Weighted tokens that a waiting adapter got less than the most served one."),
+}
 
 
 class Metrics:
@@ -94,39 +103,6 @@ class Metrics:
             metric.remove_by_labels({"adapter": label})
 
 
-class AdapterLabels:
-    """Keeps the label `adapter` bounded: the first adapters have their own, the rest share `other`.
-
-    An adapter that has overtaken the least busy one with a label of its own takes its place; `on_lost` is told of it.
-    """
-
-    def __init__(self, limit: int, on_lost: Callable[[str], None] = lambda label: None) -> None:
-        self._limit = limit
-        self._on_lost = on_lost
-        self._named: Tally[str] = Tally()
-        self._others: Tally[str] = Tally()
-
-    def of(self, adapter_id: str | None) -> str:
-        """The label for one more request of an adapter; the base model is `base`."""
-        if adapter_id is None:
-            return "base"
-        if adapter_id in self._named or len(self._named) < self._limit:
-            self._named[adapter_id] += 1
-            return adapter_id
-        self._others[adapter_id] += 1
-        count = self._others[adapter_id]
-        if count % self._limit == 0:  # looking for the least busy one costs a scan: not at every request
-            least, fewest = min(self._named.items(), key=lambda item: item[1])
-            if count > fewest:
-                del self._named[least], self._others[adapter_id]
-                self._named[adapter_id] = count
-                self._on_lost(least)
-                return adapter_id
-        if len(self._others) > 10 * self._limit:
-            self._others = Tally(dict(self._others.most_common(self._limit)))
-        return "other"
-
-
 class WorkerCollector(Collector):
     """What the worker's parts know of themselves, read when somebody looks."""
 
@@ -140,6 +116,7 @@ class WorkerCollector(Collector):
         """Engines (their sum), tiers, partitions."""
         stats = self._pool.stats
         yield from self._engines(stats)
+        yield from adapter_families([row for engine in stats for row in engine.adapters])
         yield from self._tiers(stats)
         by_partition = {
             "kafka_lag": ("Records of a partition that are not committed yet.", self._intake.lag()),
@@ -203,6 +180,24 @@ class TransactionCollector(Collector):
         family = CounterMetricFamily("loramux_transactions", "Transactions by their outcome.", labels=["outcome"])
         for outcome, count in self._exactly_once.transactions.items():
             family.add_metric([outcome], count)
+        yield family
+
+
+def adapter_families(rows: Sequence[AdapterStats]) -> Iterator[Metric]:
+    """How each adapter fares in the fair queues of all engines; of too many, those that got least are `other`."""
+    service: dict[str, float] = {}
+    for row in rows:
+        service[row.adapter] = service.get(row.adapter, 0.0) + row.service_total
+    service.pop(OTHER, None)
+    named = set(nlargest(_MAX_ADAPTER_LABELS, service, key=service.__getitem__))
+    for name, (kind, help_text) in _ADAPTER_FAMILIES.items():
+        values: dict[str, float] = {}
+        for row in rows:
+            label = row.adapter if row.adapter in named else OTHER
+            values[label] = values.get(label, 0.0) + getattr(row, name)
+        family = kind(f"loramux_adapter_{name.removesuffix('_total')}", help_text, labels=["adapter"])
+        for label, value in values.items():
+            family.add_metric([label], value)
         yield family
 
 

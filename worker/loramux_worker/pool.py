@@ -80,9 +80,20 @@ class EnginePool:
         *,
         priority: int = 0,
         deadline: float | None = None,
+        fewest_tokens: int = 1,
     ) -> Generation:
-        """Give a request to an engine; `deadline` is Unix time in seconds."""
-        generation = Generation(Submit(next(self._ids), prompt_token_ids, sampling, adapter, priority, deadline))
+        """Give a request to an engine; `deadline` is Unix time in seconds, `fewest_tokens` it generates for sure."""
+        generation = Generation(
+            Submit(
+                next(self._ids),
+                prompt_token_ids,
+                sampling,
+                adapter,
+                priority,
+                deadline,
+                fewest_tokens=fewest_tokens,
+            )
+        )
         self._nearest(adapter).submit(generation)
         return generation
 

@@ -63,6 +63,16 @@ def sampling_parameters(request: Request, eos_token_ids: tuple[int, ...]) -> Sam
     )
 
 
+def fewest_tokens(request: Request) -> int:
+    """How many tokens are generated for sure: a stop string may end it with the first."""
+    p = request.parameters
+    if p.stop:
+        return 1
+    if p.ignore_eos and not p.stop_token_ids:
+        return p.max_new_tokens
+    return max(1, min(p.min_new_tokens, p.max_new_tokens))
+
+
 def _outside(request: Request, token_id: int, tokenizer: Tokenizer, vocab_size: int) -> RequestFailed:
     """A token for which the model has no row: a wrong id, or one that only the adapter's tokenizer knows."""
     if request.prompt_token_ids is not None:

@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +41,8 @@ from loramux_schemas import (
 )
 from loramux_schemas.headers import TENANT
 from loramux_worker.errors import ConfigurationError
+from loramux_worker.policy_file import read_policies
+from loramux_worker.scheduler.policy import AdapterPolicy
 
 
 def _split(value: Any) -> Any:
@@ -165,6 +168,21 @@ class WorkerSettings(BaseSettings):
     )
     max_batch_sequences: PositiveInt = Field(256, le=32768, description="sequences of one step")
     max_batch_ranks: PositiveInt = Field(4096, description="sum of the distinct adapters' ranks of one step")
+    locality: float = Field(
+        0.0,
+        ge=0,
+        description="weighted tokens for which adapters that run may go before others: more throughput, longer waits",
+    )
+    residency_quantum: float = Field(
+        8192.0,
+        ge=0,
+        description="weighted tokens by which others may go past an adapter that finds no room",
+    )
+    policy_file: Path | None = Field(
+        None,
+        description="TOML file with weights and limits by adapter: [[adapters]] pattern, weight, "
+        "tokens_per_second, max_running",
+    )
     max_lora_rank: PositiveInt = Field(256, description="largest rank that is accepted")
     cuda_graphs: bool = Field(
         True, description="on a GPU, run small steps as CUDA graphs; off starts sooner, runs slower"
@@ -203,6 +221,11 @@ class WorkerSettings(BaseSettings):
         for name in names:
             AdapterName.parse(name)
         return names
+
+    @cached_property
+    def policies(self) -> tuple[AdapterPolicy, ...]:
+        """What `policy_file` gives each adapter."""
+        return () if self.policy_file is None else read_policies(self.policy_file)
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -244,6 +267,7 @@ def load_settings(arguments: list[str]) -> WorkerSettings:
     try:
         settings = Sourced()
         settings.connection.client_options()  # what contradicts itself is told now, not when a broker is asked
+        settings.policies  # noqa: B018 - likewise what is wrong with the file
         return settings
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None

@@ -27,6 +27,7 @@ from loramux_worker.adapters.host import AdapterKey, HostAdapter
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.adapters.slot_tables import PlacedModules, SlotTables
+from loramux_worker.scheduler.tiers import Demand
 
 _STAGING_ELEMENTS = 1 << 22
 
@@ -56,8 +57,9 @@ class _Resident:
 
 
 class AdapterPool:
-    """At most `max_slots` adapters of `capacity_elements` in all; S3-FIFO decides which of the unpinned leave.
+    """At most `max_slots` adapters of `capacity_elements` in all; of the unpinned, S3-FIFO decides which leave.
 
+    With a `demand`, adapters that sequences wait for leave after all others, those whose turn is last first.
     `tables` has what kernels need beside `elements`, the pool itself.
     """
 
@@ -72,6 +74,7 @@ class AdapterPool:
         self.elements = torch.zeros(capacity_elements, dtype=dtype, device=device)
         self.tables = SlotTables(max_slots, num_targets, device)
         self.num_targets = num_targets
+        self.demand: Demand | None = None
         self._staging = torch.empty(min(_STAGING_ELEMENTS, capacity_elements), dtype=dtype, device=device)
         self._extents = ExtentAllocator(capacity_elements)
         self._residents: dict[AdapterKey, _Resident] = {}
@@ -154,9 +157,7 @@ class AdapterPool:
         if not self._can_hold(size):
             return None
         while self._extents.num_free < size or not self._free_slots:
-            victim = self._policy.evict(lambda key: not self._residents[key].pins)
-            assert victim is not None, "enough may go"
-            self._vacate(victim)
+            self._vacate(self._forget_one())
         offset = self._allocate(size)
         slot = self._free_slots.pop()
         self._copy(adapter, self.elements[offset : offset + size])
@@ -184,6 +185,20 @@ class AdapterPool:
         assert not self._residents[key].pins, f"{key} is pinned"
         self._policy.remove(key)
         self._vacate(key)
+
+    def _forget_one(self) -> AdapterKey:
+        """Choose an adapter that may leave, and let the policy forget it. There must be one."""
+        unpinned = {key for key, resident in self._residents.items() if not resident.pins}
+        demand = self.demand
+        unneeded = unpinned if demand is None else {key for key in unpinned if not demand.waits(key)}
+        if unneeded:
+            victim = self._policy.evict(unneeded.__contains__)
+            assert victim is not None, "one of them may go"
+            return victim
+        assert demand is not None, "no adapter is unpinned"
+        victim = max(unpinned, key=lambda key: demand.turn(key[0]))
+        self._policy.remove(victim)
+        return victim
 
     def _vacate(self, key: AdapterKey) -> None:
         """Free what an adapter took that the policy has forgotten."""

@@ -2,7 +2,7 @@
 
 Adapters are loaded by a few threads. An adapter's size is known once its config and header are read, and room is made
 before its weights are: the tier never holds more than its capacity, adapters being read included. What is wanted by a
-sequence is loaded before what is only prefetched, in the order it was asked for, and is never evicted. A load that
+sequence is loaded before what is only prefetched, in fair order, and is never evicted. A load that
 finds no room waits outside the threads, and no wanted load overtakes another that waits for room, so a large adapter
 gets its turn.
 """
@@ -105,7 +105,7 @@ class HostTier:
         self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load", initializer=_use_one_core)
         self._adapters: dict[AdapterKey, HostAdapter] = {}
         self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_bytes)
-        self._wanted: set[AdapterKey] = set()
+        self._wanted: dict[AdapterKey, float] = {}  # their turns: the least is loaded first
         self._queued: dict[AdapterKey, _Load] = {}  # a thread will take them
         self._running: dict[AdapterKey, _Load] = {}
         self._parked: dict[AdapterKey, _Load] = {}  # need room
@@ -145,10 +145,13 @@ class HostTier:
         with self._lock:
             return self._adapters.get(key)
 
-    def want(self, key: AdapterKey) -> None:
-        """A sequence waits for it: its load goes before prefetches, and once here it is not evicted."""
+    def want(self, key: AdapterKey, turn: float = 0.0) -> None:
+        """A sequence waits for it: its load goes before prefetches, and once here it is not evicted.
+
+        Of what is wanted, the load with the least `turn` goes first; the turn that was said first holds.
+        """
         with self._lock:
-            self._wanted.add(key)
+            self._wanted.setdefault(key, turn)
             if key in self._parked:
                 self._admit_parked()
 
@@ -156,7 +159,7 @@ class HostTier:
         """No sequence waits for it any longer; it stays until its memory is needed."""
         with self._lock:
             if key in self._wanted:
-                self._wanted.remove(key)
+                del self._wanted[key]
                 self._admit_parked()
 
     def cancel(self, key: AdapterKey) -> None:
@@ -241,8 +244,9 @@ class HostTier:
         self._queued[load.reference.key] = load
         self._threads.submit(self._run_next)
 
-    def _precedence(self, load: _Load) -> tuple[bool, int]:
-        return (load.reference.key not in self._wanted, load.order)
+    def _precedence(self, load: _Load) -> tuple[bool, float, int]:
+        turn = self._wanted.get(load.reference.key)
+        return (turn is None, turn or 0.0, load.order)
 
     def _is_behind_a_parked(self, load: _Load) -> bool:
         return any(self._precedence(parked) < self._precedence(load) for parked in self._parked.values())

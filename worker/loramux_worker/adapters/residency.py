@@ -13,6 +13,7 @@ from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import RequestFailed
+from loramux_worker.scheduler.tiers import Demand
 
 _MAX_REFERENCES = 65_536
 
@@ -37,6 +38,11 @@ class AdapterResidency:
         self._references: OrderedDict[AdapterKey, AdapterReference] = OrderedDict()  # least recently named first
         self._wanted: set[AdapterKey] = set()
         self._unknown: list[AdapterKey] = []
+        self._demand: Demand | None = None
+
+    def follow(self, demand: Demand) -> None:
+        """Load first what is served first; evict from the pool what nobody waits for, then what is served last."""
+        self._demand = self.pool.demand = demand
 
     def prefetch(self, reference: AdapterReference) -> None:
         """Have an adapter brought in, unless it is here or on its way; a load that failed is tried again.
@@ -65,7 +71,7 @@ class AdapterResidency:
         if rank is not None:
             return rank
         self._wanted.add(key)
-        self.host.want(key)
+        self.host.want(key, 0.0 if self._demand is None else self._demand.turn(key[0]))
         if (adapter := self.host.get(key)) is not None:
             return adapter.rank
         if not self.host.is_loading(key):

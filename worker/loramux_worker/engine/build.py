@@ -22,6 +22,7 @@ from loramux_worker.engine.runner import Runner
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.loader import ServedModel, load_model
 from loramux_worker.model.self_check import check_model
+from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.scheduler import Scheduler, SchedulerConfig
 
 _MAX_RESIDENT = 4096  # rows of the pool's tables: adapters on the device at once
@@ -64,6 +65,7 @@ class EngineParts:
             batch_ranks=self.scheduler.batch_ranks,
             host_capacity_bytes=host.capacity_bytes,
             gpu_capacity_bytes=pool.capacity_elements * pool.elements.itemsize,
+            adapters=self.scheduler.adapter_stats(),
         )
 
 
@@ -127,8 +129,10 @@ def assemble(
         max_batched_tokens=config.max_batched_tokens,
         max_batch_sequences=config.max_batch_sequences,
         max_batch_ranks=config.max_batch_ranks,
+        locality=config.locality,
+        residency_quantum=config.residency_quantum,
     )
-    scheduler = Scheduler(limits, blocks, adapters)
+    scheduler = Scheduler(limits, blocks, adapters, Policies(config.policies))
     runner = Runner(model, adapters, memory.num_blocks, config.block_size, limits, config.max_lora_rank)
     if on_gpu and config.cuda_graphs:
         try:

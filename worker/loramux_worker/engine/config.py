@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from loramux_worker.scheduler.policy import AdapterPolicy
+
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """Settings of one engine. Memory is in bytes; None means: from what is free."""
@@ -19,6 +21,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_batched_tokens: int = 2048
     max_batch_sequences: int = 256
     max_batch_ranks: int = 4096
+    locality: float = 0.0
+    residency_quantum: float = 8192.0
+    policies: tuple[AdapterPolicy, ...] = ()
     max_lora_rank: int = 256
     kv_cache_memory: int | None = None
     adapter_memory: int | None = None

@@ -87,7 +87,7 @@ class Engine:
         """Move the sequences on by one step; False when there was nothing to run and nothing to read."""
         self._take_loaded_adapters()
         for sequence in self._scheduler.expire(time.time()):
-            self._fail(sequence, ErrorCode.DEADLINE_EXCEEDED, "the deadline passed during generation")
+            self._fail(sequence, ErrorCode.DEADLINE_EXCEEDED, _lateness(sequence))
         started = time.monotonic()
         step = self._scheduler.schedule(started)
         self.preemptions_total += len(step.preempted)
@@ -137,6 +137,7 @@ class Engine:
             return
         most = min(sequence.num_prompt_tokens + message.sampling.max_new_tokens, self._max_model_len)
         sequence.most_tokens = max(most, sequence.num_tokens + 1)  # it is here to be given at least one
+        sequence.fewest_tokens = min(message.fewest_tokens, sequence.most_tokens - sequence.num_prompt_tokens)
         if message.adapter is not None:
             self._adapters.prefetch(message.adapter)
             self._users[message.adapter.key] += 1
@@ -186,6 +187,14 @@ class Engine:
             if not self._users[key]:
                 del self._users[key]
                 self._adapters.forget(key)
+
+
+def _lateness(sequence: Sequence) -> str:
+    """Why a sequence was given up: its deadline is over, or known not to be met."""
+    if sequence.deadline is not None and sequence.deadline > time.time():
+        missing = sequence.fewest_tokens - len(sequence.generated_token_ids)
+        return f"the deadline cannot be met: at least {missing} more tokens are to be generated"
+    return "the deadline passed during generation"
 
 
 def _finish_reason(sequence: Sequence, place: int) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 SOURCES = {"disk": "store", "host": "disk", "gpu": "host"}
@@ -60,6 +60,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     priority: int = 0
     deadline: float | None = None  # Unix time, seconds
     generated_token_ids: list[int] = []
+    fewest_tokens: int = 1  # it cannot end with fewer generated
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -150,6 +151,22 @@ class AdapterMoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     seconds: float
 
 
+class AdapterStats(msgspec.Struct, frozen=True, array_like=True):
+    """How one adapter fares in the fair queue; `adapter` is its label: an id, `base`, or `other` for all the rest.
+
+    Service is in weighted tokens. `deficit` is what the adapter, as long as it waits, was given less than the most
+    served of those that wait, times its weight.
+    """
+
+    adapter: str
+    service_total: float
+    queue_seconds_total: float  # from ready to its first step, of those that began
+    started_total: int
+    running: int
+    waiting: int
+    deficit: float
+
+
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A picture of the engine for metrics and for the pool's choice, sent at most a few times a second.
 
@@ -178,6 +195,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag=True):
     batch_ranks: int
     host_capacity_bytes: int
     gpu_capacity_bytes: int
+    adapters: list[AdapterStats]
 
 
 FrontMessage = Submit | Cancel | Prefetch | Stop

@@ -42,6 +42,9 @@ class Sequence:
     most_tokens: int = sys.maxsize
     """With so many tokens, prompt + generated, it ends: once it has them, read or not, it is not to run again."""
 
+    fewest_tokens: int = 1
+    """Generated tokens before which it cannot end."""
+
     is_plain: bool = field(init=False)  # greedy and nothing more: sampling it takes an argmax
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0

@@ -101,11 +101,9 @@ class Batch:
         sequence.block_table.extend(self._blocks.allocate(num_blocks))
         return True
 
-    def riders(self) -> list[Lane]:
-        """The lanes of the batch's adapters whose head is next for its client: running it adds no adapter."""
-        clients = {seat.client for seat in self.seats.values()}
-        adapters = self.ranks.adapters
-        return [lane for client in clients if (lane := client.ready_lane) is not None and lane.key in adapters]
+    def is_rider(self, lane: Lane) -> bool:
+        """Whether running the lane's sequences adds no adapter."""
+        return lane.key is None or lane.key in self.ranks.adapters
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, ranks and running sequences agree."""

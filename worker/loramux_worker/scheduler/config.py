@@ -23,13 +23,21 @@ class SchedulerConfig:
     prompt_weight: float = 1.0
     generated_weight: float = 2.0
 
-    residency_quantum: float = 16_384.0
-    """Weighted tokens that may be admitted past an adapter for which there is no room, before all wait for it.
+    locality: float = 0.0
+    """Weighted tokens for which adapters that are in the batch may go before one that is not, and by which they may
+    be ahead of it for that.
 
-    More of it means fuller batches (adapters that are in the batch already cost nothing more), less of it means that
-    an adapter of a high rank waits less long behind small ones."""
+    More of it means fewer distinct adapters in a step and fewer copies to the device; less of it means that an
+    adapter which nobody uses just now waits less. 0 is the fair order alone."""
 
-    max_skipped: int = 16
+    residency_quantum: float = 8192.0
+    """Weighted tokens of adapters that may come into the batch past one for which there is no room, before none may;
+    and by which others may be ahead of it, if they are still to be admitted.
+
+    More of it means fuller batches, less of it means that adapters wait less long for room. The default is chosen by
+    `tests/benchmarks/sim_fairness.py`."""
+
+    max_skipped: int = 8
     """Adapters that a step may find without room before it looks only at those in the batch: bounds its cost."""
 
     def __post_init__(self) -> None:
@@ -42,7 +50,7 @@ class SchedulerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("prompt_weight", "generated_weight", "residency_quantum"):
+        for name in ("prompt_weight", "generated_weight", "locality", "residency_quantum"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must not be negative")
 

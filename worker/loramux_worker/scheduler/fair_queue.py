@@ -11,11 +11,13 @@ holds down the least counter nor saves up while it waits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
 from loramux_worker.engine.sequence import Sequence
 from loramux_worker.scheduler.client import Client, Lane
+from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.tiers import AdapterKey
 
 
@@ -29,10 +31,11 @@ class FairQueue:
     when it comes to the top.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policies: Policies | None = None) -> None:
+        self._policies = policies or Policies()
         self._clients: dict[str | None, Client] = {}
         self._lanes: dict[AdapterKey | None, Lane] = {}
-        self._weights: dict[str | None, float] = {}
+        self._held: set[str | None] = set()
         self._arrivals: dict[int, int] = {}
         self._numbers = count()
         self._active: list[tuple[float, int, Client]] = []
@@ -40,6 +43,7 @@ class FairQueue:
         self._idle: list[tuple[float, int, Client]] = []
         self._last_left: Client | None = None
         self._num_waiting = 0
+        self._known_floor = 0.0  # not below the floor of some moment ago
 
     def __len__(self) -> int:
         """Sequences that wait, the parked ones too."""
@@ -59,6 +63,10 @@ class FairQueue:
             return least.counter
         return 0.0 if self._last_left is None else self._last_left.counter
 
+    def client(self, adapter_id: str | None) -> Client | None:
+        """The client, if one is kept."""
+        return self._clients.get(adapter_id)
+
     def counter(self, adapter_id: str | None) -> float:
         """The client's virtual token counter. One that is not kept would begin at the floor."""
         client = self._clients.get(adapter_id)
@@ -71,14 +79,6 @@ class FairQueue:
             0 if sequence.num_preemptions else 1,
             self._arrivals[sequence.sequence_id],
         )
-
-    def set_weight(self, adapter_id: str | None, weight: float) -> None:
-        """Give the adapter `weight` times the service of one of weight 1, from now on."""
-        if not weight > 0:
-            raise ValueError(f"the weight of {adapter_id} is {weight}: it must be above 0")
-        self._weights[adapter_id] = weight
-        if adapter_id in self._clients:
-            self._clients[adapter_id].weight = weight
 
     def push(self, sequence: Sequence) -> None:
         """Let a sequence wait, parked if its lane is."""
@@ -129,6 +129,29 @@ class FairQueue:
         self._refresh(lane.client)
         return list(lane.waiting)
 
+    def hold(self, client: Client) -> None:
+        """Nothing of this client may be admitted until `release`."""
+        self._held.add(client.adapter_id)
+        client.is_held = True
+        self._refresh(client)
+
+    def release(self, adapter_id: str | None) -> None:
+        """The adapter's sequences may be admitted, if they were held."""
+        self._held.discard(adapter_id)
+        client = self._clients.get(adapter_id)
+        if client is not None and client.is_held:
+            client.is_held = False
+            self._refresh(client)
+
+    def waits(self, key: AdapterKey) -> bool:
+        """Whether a sequence waits with this adapter, parked or not."""
+        return key in self._lanes
+
+    def turn(self, adapter_id: str | None) -> float:
+        """The counter from which the adapter's next sequence is served, here or to come."""
+        client = self._clients.get(adapter_id)
+        return self._known_floor if client is None else max(client.counter, self._known_floor)
+
     def is_parked(self, key: AdapterKey) -> bool:
         """Whether sequences wait for this adapter to be loaded."""
         lane = self._lanes.get(key)
@@ -144,10 +167,10 @@ class FairQueue:
         client = self._least()
         return None if client is None else client.ready_lane
 
-    def ready_lane(self, adapter_id: str | None) -> Lane | None:
-        """The lane whose head is the client's next sequence; None when it has none that could run."""
-        client = self._clients.get(adapter_id)
-        return None if client is None else client.ready_lane
+    def ready_lanes(self, keys: Iterable[AdapterKey | None]) -> list[Lane]:
+        """Of the lanes of these adapters, those whose head is the next of its client."""
+        lanes = map(self._lanes.get, keys)
+        return [lane for lane in lanes if lane is not None and lane.client.ready_lane is lane]
 
     def set_aside(self) -> None:
         """Hide the client of the lane that `peek` shows, until `restore`. There must be one."""
@@ -185,7 +208,8 @@ class FairQueue:
             adapter_id = _adapter_id(key)
             client = self._clients.get(adapter_id)
             if client is None:
-                client = Client(adapter_id, self._weights.get(adapter_id, 1.0), next(self._numbers))
+                client = Client(adapter_id, self._policies.of(adapter_id), next(self._numbers))
+                client.is_held = adapter_id in self._held
                 self._clients[adapter_id] = client
             lane = self._lanes[key] = client.lanes[key] = Lane(client, key)
         return lane
@@ -203,7 +227,8 @@ class FairQueue:
         if ready_lane is None and client.ready_lane is not None:
             self._last_left = client
         elif ready_lane is not None and client.ready_lane is None:
-            client.counter = max(client.counter, self.floor)
+            self._known_floor = self.floor
+            client.lift(self._known_floor)
             client.order = next(self._numbers)
             client.overtaken = 0.0
         client.ready_lane = ready_lane
@@ -239,7 +264,7 @@ class FairQueue:
         if not client.in_idle_heap:
             client.in_idle_heap = True
             heappush(self._idle, (client.counter, client.order, client))
-        floor = self.floor
+        floor = self._known_floor = self.floor
         while self._idle and self._idle[0][0] <= floor:
             _, _, idle = heappop(self._idle)
             idle.in_idle_heap = False

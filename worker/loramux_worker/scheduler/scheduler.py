@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heapreplace
-
 from loramux_worker.engine.kv_cache import BlockPool
+from loramux_worker.engine.protocol import AdapterStats
 from loramux_worker.engine.sequence import Sequence, SequenceStatus
 from loramux_worker.errors import ConfigurationError
-from loramux_worker.scheduler.batch import Batch, Joining, Seat
-from loramux_worker.scheduler.client import Client, Lane
+from loramux_worker.scheduler.admission import Admission
+from loramux_worker.scheduler.allowances import Allowances
+from loramux_worker.scheduler.batch import Batch, Seat
 from loramux_worker.scheduler.config import SchedulerConfig
+from loramux_worker.scheduler.deadlines import Deadlines, StepClock
 from loramux_worker.scheduler.fair_queue import FairQueue
-from loramux_worker.scheduler.removable_heap import RemovableHeap
+from loramux_worker.scheduler.ledger import ServiceLedger
+from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.service_meter import ServiceMeter
 from loramux_worker.scheduler.step import Chunk, Step, StepDraft
 from loramux_worker.scheduler.tiers import AdapterKey, AdapterTiers
@@ -40,20 +42,27 @@ class Scheduler:
     has its `most_tokens`, placeholders counted, is in no further step, and keeps what it holds until it is finished.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockPool, adapters: AdapterTiers) -> None:
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockPool, adapters: AdapterTiers, policies: Policies | None = None
+    ) -> None:
         if config.max_model_len > blocks.num_token_slots:
             raise ConfigurationError(
                 f"max_model_len is {config.max_model_len}, but the KV cache holds {blocks.num_token_slots} "
                 "tokens: lower max_model_len or raise kv_cache_memory"
             )
         self.config = config
-        self.queue = FairQueue()
+        self.queue = FairQueue(policies)
         self._adapters = adapters
+        adapters.follow(self.queue)
         self._block_size = blocks.block_size
         self._batch = Batch(config, blocks, adapters)
         self._meter = ServiceMeter(config)
+        self._allowances = Allowances(config.max_model_len)
+        self._ledger = ServiceLedger(self.queue)
+        self._admission = Admission(config, self.queue, self._batch, self._meter, self._allowances, self._ledger)
         self._sequences: dict[int, Sequence] = {}
-        self._deadlines: RemovableHeap[Sequence] = RemovableHeap()
+        self._clock = StepClock()
+        self._deadlines = Deadlines(self._clock, config.max_batched_tokens)
         self._arrived: list[AdapterKey] = []
 
     @property
@@ -94,8 +103,8 @@ class Scheduler:
                 self._arrived.append(key)
         self._sequences[sequence.sequence_id] = sequence
         self.queue.push(sequence)
-        if sequence.deadline is not None:
-            self._deadlines.push(sequence, (sequence.deadline,))
+        self._ledger.arrived(None if key is None else key[0])
+        self._deadlines.add(sequence)
 
     def adapter_loaded(self, key: AdapterKey) -> None:
         """A load that `AdapterTiers.rank` asked for ended well: its sequences may run from the next step on."""
@@ -120,19 +129,22 @@ class Scheduler:
         if self._sequences.get(sequence.sequence_id) is not sequence:
             return
         if sequence.status is SequenceStatus.RUNNING:
+            self._ledger.collect(self._batch.seats[sequence.sequence_id].client)
             self._batch.leave(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.queue.remove(sequence)
         self._meter.forget(sequence)
         del self._sequences[sequence.sequence_id]
-        if sequence in self._deadlines:
-            self._deadlines.remove(sequence)
+        self._allowances.give_back(sequence)
+        self._deadlines.remove(sequence)
 
     def expire(self, now_unix: float) -> list[Sequence]:
-        """Forget the sequences whose deadline (Unix time, seconds) is over, in any state, and return them."""
+        """Forget the sequences, in any state, that cannot end before their deadline (Unix time, seconds).
+
+        That is when it is over, or when the steps that a sequence needs at least would take longer. Returns them.
+        """
         expired = []
-        while self._deadlines and self._deadlines.first()[0][0] <= now_unix:
-            sequence = self._deadlines.first()[1]
+        while (sequence := self._deadlines.late(now_unix)) is not None:
             self.finish(sequence)
             expired.append(sequence)
         return expired
@@ -144,10 +156,13 @@ class Scheduler:
         adapter arrives or a sequence that has its `most_tokens` is finished.
         """
         self._unpark_arrived(now)
+        for adapter_id in self._allowances.released(now):
+            self.queue.release(adapter_id)
         draft = StepDraft(self.config.max_batched_tokens)
         self._continue_running(draft)
         if not draft.preempted:  # what was just freed is for those who needed it
-            self._admit(draft, now)
+            self._admission.fill(draft, now)
+        self._clock.tick(now, bool(draft.chunks))
         return draft.step()
 
     def advance(self, step: Step) -> None:
@@ -155,6 +170,10 @@ class Scheduler:
         for sequence, num_tokens in step.chunks:
             if sequence.status is SequenceStatus.RUNNING:
                 sequence.num_computed_tokens += num_tokens
+
+    def adapter_stats(self) -> list[AdapterStats]:
+        """How each adapter fares, under a bounded number of labels. Costs O(running + labels)."""
+        return self._ledger.stats(seat.client for seat in self._batch.seats.values())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless all is in order. Walks over everything: for tests and idle times."""
@@ -200,15 +219,7 @@ class Scheduler:
         draft.tokens_left -= len(decoding)
         self._meter.charge_decodes(decoding)
         for seat in sorted(prefilling, key=self._fair_order):
-            self._give_chunk(seat.sequence, seat.client, draft)
-
-    def _give_chunk(self, sequence: Sequence, client: Client, draft: StepDraft) -> None:
-        """Give the sequence as many of its tokens as the step has left, and charge its client."""
-        num_tokens = min(sequence.num_uncomputed_tokens, draft.tokens_left)
-        if num_tokens:
-            draft.chunks.append(Chunk(sequence, num_tokens))
-            draft.tokens_left -= num_tokens
-            client.charge(self._meter.service(sequence, num_tokens))
+            self._meter.charge_chunk(seat.client, seat.sequence, draft.give(seat.sequence))
 
     def _make_room(self, sequence: Sequence, draft: StepDraft) -> bool:
         """Preempt until the sequence has a block for its next token. False: it is among those who had to go."""
@@ -225,63 +236,6 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.queue.requeue(sequence)
         draft.preempted.append(sequence)
-
-    def _admit(self, draft: StepDraft, now: float) -> None:
-        """Admit waiting sequences, those of the least-served adapters first."""
-        passed_over: Client | None = None
-        num_examined = 0
-        while self._may_admit(draft, passed_over) and (lane := self.queue.peek()) is not None:
-            if num_examined >= self.config.max_skipped and len(self._batch):
-                self._admit_riders(draft, now, passed_over)
-                break
-            joining = self._batch.join(lane)
-            if joining is Joining.JOINED:
-                self._begin(lane, draft, now, passed_over)
-                continue
-            if joining is Joining.NO_BLOCKS:
-                break
-            num_examined += 1
-            if joining is Joining.NO_ROOM:
-                self.queue.set_aside()
-                passed_over = passed_over or lane.client
-            elif lane.key is not None:  # evicted from the host tier since it was loaded
-                self.queue.park(lane.key)
-        self.queue.restore()
-
-    def _admit_riders(self, draft: StepDraft, now: float, passed_over: Client | None) -> None:
-        """Admit sequences that add no adapter to the batch, those of the least-served adapters first."""
-        lanes = self._batch.riders()
-        base_model = self.queue.ready_lane(None)
-        if base_model is not None:
-            lanes.append(base_model)
-        riders = [(lane.client.counter, lane.client.order, lane) for lane in lanes]
-        heapify(riders)
-        while riders and self._may_admit(draft, passed_over):
-            lane = riders[0][2]
-            if self._batch.join(lane) is not Joining.JOINED:
-                break
-            self._begin(lane, draft, now, passed_over)
-            if lane.client.ready_lane is lane:
-                heapreplace(riders, (lane.client.counter, lane.client.order, lane))
-            else:
-                heappop(riders)
-
-    def _may_admit(self, draft: StepDraft, passed_over: Client | None) -> bool:
-        """Whether there is room for one more, and it need not be kept for the client that was passed over."""
-        if not draft.tokens_left or self._batch.is_full:
-            return False
-        is_reserved = passed_over is not None and passed_over.overtaken >= self.config.residency_quantum
-        return not is_reserved or not len(self._batch)
-
-    def _begin(self, lane: Lane, draft: StepDraft, now: float, passed_over: Client | None) -> None:
-        """Take the head of a lane, which has joined the batch, into the step."""
-        sequence = lane.head
-        self.queue.admit(lane)
-        if sequence.first_scheduled_at is None:
-            sequence.first_scheduled_at = now
-        if passed_over is not None:
-            passed_over.overtaken += self._meter.most_service(sequence)
-        self._give_chunk(sequence, lane.client, draft)
 
     def _fair_order(self, seat: Seat) -> tuple[float, tuple[int, int, int]]:
         """The least for the running sequence whose turn is first."""

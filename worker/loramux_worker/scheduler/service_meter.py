@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from loramux_worker.engine.sequence import Sequence
 from loramux_worker.scheduler.batch import Seat
+from loramux_worker.scheduler.client import Client
 from loramux_worker.scheduler.config import SchedulerConfig
 
 
@@ -33,12 +34,20 @@ class ServiceMeter:
             service += self._prompt_weight * max(0, min(end, num_prompt_tokens) - start)
         return service
 
+    def charge_chunk(self, client: Client, sequence: Sequence, num_tokens: int) -> None:
+        """Charge a client for the sequence's next tokens, of which there may be none."""
+        if num_tokens:
+            client.charge(self.service(sequence, num_tokens))
+
     def charge_decodes(self, seats: Iterable[Seat]) -> None:
         """Charge the clients of sequences that each read their last known token and sample the next."""
+        generated_weight = self._generated_weight
         for seat in seats:
             client = seat.client
-            service = self._generated_weight if seat.sequence.generated_token_ids else self.service(seat.sequence, 1)
-            client.counter += service / client.weight
+            if seat.sequence.generated_token_ids:
+                client.counter += generated_weight / client.weight
+            else:
+                client.charge(self.service(seat.sequence, 1))
 
     def most_service(self, sequence: Sequence) -> float:
         """Weighted tokens that the whole sequence can count for at most."""

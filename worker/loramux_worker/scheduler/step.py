@@ -38,6 +38,14 @@ class StepDraft:
         self.chunks: list[Chunk] = []
         self.preempted: list[Sequence] = []
 
+    def give(self, sequence: Sequence) -> int:
+        """Give the sequence a chunk, as many of its tokens as the step has left; how many those are."""
+        num_tokens = min(sequence.num_uncomputed_tokens, self.tokens_left)
+        if num_tokens:
+            self.chunks.append(Chunk(sequence, num_tokens))
+            self.tokens_left -= num_tokens
+        return num_tokens
+
     def step(self) -> Step:
         """The step as it stands."""
         return Step(tuple(self.chunks), tuple(self.preempted))
