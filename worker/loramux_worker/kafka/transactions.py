@@ -111,10 +111,13 @@ class TransactionalProducer:
     async def _send(self, records: Sequence[OutgoingRecord]) -> None:
         acknowledgements: list[asyncio.Future[Any]] = []
         try:
-            for record in records:  # a comprehension would lose those before one that fails
-                acknowledgements.append(await enqueue(self._producer, record))  # noqa: PERF401
-        finally:
-            outcomes = await asyncio.gather(*acknowledgements, return_exceptions=True)
+            for record in records:
+                acknowledgements.append(await enqueue(self._producer, record))  # noqa: PERF401 - some may have gone
+        except BaseException:
+            for acknowledgement in acknowledgements:
+                acknowledgement.add_done_callback(_hear)
+            raise
+        outcomes = await asyncio.gather(*acknowledgements, return_exceptions=True)
         refused = [
             (len(record.value or b""), i)
             for i, (record, outcome) in enumerate(zip(records, outcomes, strict=True))
@@ -140,6 +143,12 @@ class TransactionalProducer:
             refused = None if forbidden is None else RecordRefused(forbidden, "this worker may not write to it")
             return TransactionFailed(explain(error), refused=refused)
         return TransactionFailed(explain(error), fenced=isinstance(error, ProducerFenced | InvalidProducerEpoch))
+
+
+def _hear(acknowledgement: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more: asyncio is not to complain of its error."""
+    if not acknowledgement.cancelled():
+        acknowledgement.exception()
 
 
 async def require_transactions(connection: KafkaConnection, *, topic: str, group_id: str, timeout: float) -> None:
