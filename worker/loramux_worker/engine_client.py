@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
-        self._closing = False
+        self._closing = asyncio.Event()
 
     async def start(self) -> None:
         """Start the process and wait until it takes requests.
@@ -102,7 +103,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stop the process, by force if it does not listen; generations that are not done fail."""
-        self._closing = True
+        self._closing.set()
         if self._process is not None and self._process.returncode is None:
             if self._socket is None:
                 self._process.terminate()
@@ -125,12 +126,11 @@ class EngineClient:
     async def _keep_running(self) -> None:
         """Run one process after the other while the worker lives."""
         backoff = 1.0
-        while True:
+        while not self._closing.is_set():
             was_ready = await self._run_once()
-            if self._closing:
+            if self._closing.is_set():
                 return
-            assert self._process is not None
-            code = self._process.returncode
+            code = None if self._process is None else self._process.returncode
             if self.ready is None:
                 self._refuse_start(f"engine {self.index} ended with code {code} while starting; see its log above")
                 return
@@ -140,7 +140,8 @@ class EngineClient:
                 self._count_deaths()
                 backoff = 1.0
             else:
-                await asyncio.sleep(backoff)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), backoff)
                 backoff = min(2 * backoff, _MAX_BACKOFF)
 
     def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
@@ -162,8 +163,31 @@ class EngineClient:
         socket = self._context.socket(zmq.PAIR)
         socket.set_hwm(0)
         socket.bind(address)
+        try:
+            self._process = process = await self._launch(address)
+        except OSError as error:  # no memory, no more processes: another time
+            log.error("engine_not_launched", engine=self.index, reason=str(error))
+            socket.close(linger=0)
+            return False
+        if self._closing.is_set():
+            process.kill()  # `close` came while it was launched, and knew only its predecessor
+        listener = asyncio.create_task(self._listen(socket))
+        ended = asyncio.create_task(process.wait())
+        await asyncio.wait([listener, ended], return_when=asyncio.FIRST_COMPLETED)
+        if listener.done():  # an engine that nobody hears is of no use
+            log.error("engine_unheard", engine=self.index, exc_info=listener.exception())
+            process.kill()
+        await ended
+        await asyncio.wait([listener], timeout=0.2)  # what it said last is still in the socket
+        listener.cancel()
+        await asyncio.wait([listener])
+        was_ready, self._socket = self._socket is not None, None
+        socket.close(linger=0)
+        return was_ready
+
+    async def _launch(self, address: str) -> asyncio.subprocess.Process:
         config, environment = confine(self._config, os.environ)
-        self._process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "loramux_worker.engine.process",
@@ -172,16 +196,9 @@ class EngineClient:
             env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
         )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
-        listener = asyncio.create_task(self._listen(socket))
-        await self._process.wait()
-        await asyncio.wait([listener], timeout=0.2)  # what it said last is still in the socket
-        listener.cancel()
-        await asyncio.wait([listener])
-        was_ready, self._socket = self._socket is not None, None
-        socket.close(linger=0)
-        return was_ready
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        return process
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -207,10 +224,12 @@ class EngineClient:
 
     def _become_ready(self, message: Ready, socket: zmq.asyncio.Socket) -> None:
         if message.protocol_version != PROTOCOL_VERSION:
-            raise ConfigurationError(
+            reason = (
                 f"engine {self.index} speaks protocol {message.protocol_version}, the front {PROTOCOL_VERSION}: "
                 "install one version of loramux"
             )
+            self._refuse_start(reason)
+            raise ConfigurationError(reason)
         self.ready = message
         self._socket = socket
         for generation in self._generations.values():

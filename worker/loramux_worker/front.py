@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -73,6 +74,8 @@ class Front:
                 await self._freed.wait()
                 continue
             for record in await self._intake.take(room, _TAKE_TIMEOUT):
+                if self._drain_began is not None:
+                    return  # what was taken just now is read again by whoever owns the partition next
                 task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
                 self._tasks[task] = (record.partition, record.epoch)
                 task.add_done_callback(self._finished)
@@ -95,22 +98,43 @@ class Front:
     async def _answer(self, record: Record) -> None:
         structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
         watch = Stopwatch(record.timestamp_ms)
-        answers = await self._answerer(record, watch)
-        try:
-            await self._delivery.complete(record, tuple(self._fitting(record, answer) for answer in answers))
-        except RecordRefused as refused:
-            log.warning("answer_refused", topic=refused.record.topic, reason=refused.reason)
-            answers = (self._replies.instead(record, refused.record, str(refused)),)
-            await self._delivery.complete(record, answers)
+        answers = tuple(self._fitting(record, answer) for answer in await self._answerer(record, watch))
+        replaced: list[OutgoingRecord] = []
+        while True:
+            try:
+                await self._delivery.complete(record, answers)
+                break
+            except RecordRefused as refused:
+                log.warning("answer_refused", topic=refused.record.topic, reason=refused.reason)
+                answers = self._without(record, answers, refused, replaced)
         if self._tracing is not None:
             self._tracing.answered(record, answers, watch)
+
+    def _without(
+        self,
+        record: Record,
+        answers: tuple[OutgoingRecord, ...],
+        refused: RecordRefused,
+        replaced: list[OutgoingRecord],
+    ) -> tuple[OutgoingRecord, ...]:
+        """The answers with another in place of the refused one, or none where that was one already."""
+        others = tuple(answer for answer in answers if answer is not refused.record)
+        if any(refused.record is each for each in replaced):
+            log.error("answer_impossible", topic=refused.record.topic, reason=refused.reason)
+            return others
+        replaced.append(self._in_place(record, refused.record, str(refused)))
+        return (*others, replaced[-1])
 
     def _fitting(self, record: Record, answer: OutgoingRecord) -> OutgoingRecord:
         if self._publisher.fits(answer):
             return answer
         size = len(answer.value or b"")
-        reason = f"the reply has {size} bytes, more than topic {answer.topic} takes"
-        return self._replies.instead(record, answer, reason)
+        return self._in_place(record, answer, f"the reply has {size} bytes, more than topic {answer.topic} takes")
+
+    def _in_place(self, record: Record, answer: OutgoingRecord, reason: str) -> OutgoingRecord:
+        instead = self._replies.instead(record, answer, reason)
+        # what was sent to us as key or headers may be as large as a record can be
+        return instead if self._publisher.fits(instead) else replace(instead, key=None, headers=())
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]

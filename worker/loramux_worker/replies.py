@@ -153,7 +153,8 @@ class ReplyWriter:
     def instead(self, record: Record, refused: OutgoingRecord, reason: str) -> OutgoingRecord:
         """What to send, on a default topic, in place of a record that the cluster does not take."""
         if refused.topic == self._topics.dead_letters:
-            return replace(refused, value=None)  # its headers still say where the whole message lies
+            # where the whole message lies is said by what we added to its headers
+            return replace(refused, key=None, value=None, headers=refused.headers[len(record.headers) :])
         whole = Reply.from_json(refused.value or b"{}")
         reply = Reply.failure(
             ErrorCode.INTERNAL if refused.topic == self._topics.replies else ErrorCode.INVALID_REQUEST,

@@ -89,6 +89,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     def attach(self, consumer: AIOKafkaConsumer) -> None:
         """The consumer that will call back; with a new one everything waits for its first assignment."""
         self._suspend()
+        self._stop_opening()
         self._consumer = consumer
 
     def open_partitions(self) -> list[Partition]:
@@ -116,10 +117,12 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     def reopen(self, partition: Partition, after: float) -> None:
         """Nobody knows what is committed: neither read nor commit the partition until the cluster has said so.
 
-        That is asked `after` so many seconds, unless the group has spoken by then.
+        That is asked `after` so many seconds, unless the group has spoken by then. Of a partition that is lost, or
+        while the group decides, it is not: claiming it might take it from its owner.
         """
         partition.is_open = False
-        self._start_opening({partition.number}, after=after)
+        if self.joined and self.held(partition.number, partition.epoch) is partition:
+            self._start_opening({partition.number}, after=after)
 
     def begin_again(self, partition: Partition) -> None:
         """The group's commit is of no use: read the partition from its first offset, in a new epoch."""
@@ -139,13 +142,13 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def close(self) -> None:
         """Stops opening partitions."""
-        for task in self._opening:
-            task.cancel()
+        self._stop_opening()
         if self._opening:
             await asyncio.wait(self._opening)
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """A rebalance begins: commit what is done while it is surely ours (heartbeats go on meanwhile)."""
+        self.joined = False
         try:
             await self.close()
             await self._commits.commit()
@@ -157,12 +160,17 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """A rebalance is over: forget what is lost, open what is ours."""
         try:
             ours = {each.partition for each in assigned}
+            self._stop_opening()  # what was ours before may be somebody else's
             self._lose([partition for number, partition in self._partitions.items() if number not in ours])
             self._commits.keep(ours)
             self.joined = True
             self._start_opening(ours)
         except Exception as error:
             self._fail("on_partitions_assigned", error)
+
+    def _stop_opening(self) -> None:
+        for task in self._opening:
+            task.cancel()
 
     def _start_opening(self, numbers: set[int], *, after: float = 0.0, from_first_offset: bool = False) -> None:
         task = asyncio.create_task(self._open_all(numbers, after, from_first_offset), name="open-partitions")
@@ -176,7 +184,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 async with asyncio.timeout(OPEN_SECONDS):
                     claimed = await self._commits.claim(waiting)
-                    for number in sorted(waiting):
+                    for number in sorted(claimed):
                         commit = None if from_first_offset else claimed[number]
                         if await self._open(TopicPartition(self._topic, number), commit):
                             waiting.discard(number)

@@ -34,7 +34,8 @@ class Commits(Protocol):
     async def claim(self, numbers: Collection[int]) -> dict[int, Commit | None]:
         """What is committed for these partitions, once nobody else can commit to them any more.
 
-        Raises KafkaError, OSError or TimeoutError when the cluster cannot say.
+        Those that the cluster cannot speak of yet are left out. Raises KafkaError, OSError or TimeoutError when
+        there are no others.
         """
 
     def opened(self, partition: Partition) -> None:
@@ -79,7 +80,9 @@ class PlainCommits:
 
     async def claim(self, numbers: Collection[int]) -> dict[int, Commit | None]:
         """What is committed for these partitions. Raises KafkaError, OSError or TimeoutError."""
-        return await committed(self._connection, self._group_id, self._topic, numbers)
+        commits = await committed(self._connection, self._group_id, self._topic, numbers)
+        self.outage.over()  # what is due next may be long in coming, where nobody asks anything
+        return commits
 
     def opened(self, partition: Partition) -> None:
         """Nothing to do: every open partition is looked at by `commit`."""

@@ -23,6 +23,7 @@ import structlog
 from loramux_schemas import KafkaConnection
 from loramux_worker.kafka.assignment import Assignment, Partition
 from loramux_worker.kafka.commits import COMMIT_SECONDS
+from loramux_worker.kafka.connecting import TROUBLE
 from loramux_worker.kafka.group_offsets import Commit, committed
 from loramux_worker.kafka.outage import Outage
 from loramux_worker.kafka.outbox import Outbox
@@ -31,6 +32,7 @@ from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.transactions import TransactionalProducer, TransactionFailed, transactional_id
 
 STARTS_AT_ONCE: Final = 16
+FENCE_SECONDS: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -61,20 +63,24 @@ class ExactlyOnce:
     async def claim(self, numbers: Collection[int]) -> dict[int, Commit | None]:
         """What is committed for these partitions, once nobody else can commit to them any more.
 
-        Raises KafkaError, OSError or TimeoutError when the cluster cannot say.
+        Those whose coordinator does not answer yet are left out. Raises KafkaError, OSError or TimeoutError when
+        there are no others.
         """
+        numbers = list(numbers)
         fences = await asyncio.gather(*map(self._fence, numbers), return_exceptions=True)
-        for failure in fences:
-            if failure is not None:
-                raise failure
-        commits = await committed(self._connection, self._group_id, self._topic, numbers)
+        failures = [fence for fence in fences if fence is not None]
+        ours = [number for number, fence in zip(numbers, fences, strict=True) if fence is None]
+        if failures and not (ours and all(isinstance(failure, TROUBLE) for failure in failures)):
+            raise failures[0]
+        commits = await committed(self._connection, self._group_id, self._topic, ours)
         self.outage.over()  # the next transaction may be long in coming, where nobody asks anything
         return commits
 
     def opened(self, partition: Partition) -> None:
         """The partition may be committed from now on, perhaps again."""
         if partition not in self._outboxes:
-            self._outboxes[partition] = Outbox(self._assignment, partition, partial(self._transact, partition))
+            transact = partial(self._transact, partition)
+            self._outboxes[partition] = Outbox(self._assignment, partition, transact, self._publisher.check_place)
         self._outboxes[partition].reopened()
 
     def lost(self, partition: Partition) -> None:
@@ -124,14 +130,15 @@ class ExactlyOnce:
         if number in self._producers:
             return
         producer = TransactionalProducer(self._connection, transactional_id(self._group_id, self._topic, number))
-        async with self._starting:
+        async with self._starting, asyncio.timeout(FENCE_SECONDS):
             await producer.start()
         self._producers[number] = producer
 
     async def _transact(self, partition: Partition, records: list[OutgoingRecord], commit: Commit) -> None:
         outcome = "failed"
+        producer = self._producers[partition.number]
         try:
-            await self._producers[partition.number].commit(records, partition.name, commit, self._group_id)
+            await producer.commit(records, partition.name, commit, self._group_id)
             outcome = "committed"
         except TransactionFailed as failed:
             outcome = "fenced" if failed.fenced else "failed"
@@ -142,7 +149,7 @@ class ExactlyOnce:
             self.transactions[outcome] += 1
             if outcome == "committed":
                 self.outage.over()
-            else:
+            elif self._producers.get(partition.number) is producer:
                 self._discard(partition.number)
 
     def _discard(self, number: int) -> None:

@@ -19,6 +19,8 @@ from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.transactions import TransactionFailed
 
 MAX_ANSWERS: Final = 1000  # of one transaction
+MAX_BYTES: Final = 2 << 20  # of one transaction, beside one answer at least
+MAX_HALVINGS: Final = 16
 PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions
 TRANSACTION_SECONDS: Final = 30.0
 # Another producer of our id, and the group has not said yet that the partition went to it: it will. If it does
@@ -28,6 +30,7 @@ FENCED_SECONDS: Final = 3.0
 log = structlog.get_logger(__name__)
 
 Transact = Callable[[list[OutgoingRecord], Commit], Awaitable[None]]
+Check = Callable[[OutgoingRecord], Awaitable[None]]
 
 
 @dataclass(eq=False, slots=True)
@@ -44,13 +47,16 @@ class Outbox:
 
     `transact` commits records together with a position, or raises TransactionFailed. After a failure nobody
     knows whether it has succeeded: the partition is closed until the group's commit has been read again, and
-    `reopened` tells by it.
+    `reopened` tells by it. What failed is tried again in smaller transactions, after `check` has looked at the
+    place of each of its records; it raises RecordRefused for one that has gone.
     """
 
-    def __init__(self, assignment: Assignment, partition: Partition, transact: Transact) -> None:
+    def __init__(self, assignment: Assignment, partition: Partition, transact: Transact, check: Check) -> None:
         self._assignment = assignment
         self._partition = partition
         self._transact = transact
+        self._check = check
+        self._failures = 0  # transactions that failed since the last one that did not
         self._waiting: dict[int, Answer] = {}
         self._in_doubt: tuple[dict[int, Answer], Commit] | None = None
         self._due = asyncio.Event()
@@ -122,9 +128,11 @@ class Outbox:
     async def _commit(self) -> None:
         """One transaction, if anything has changed."""
         partition = self._partition
-        answers = {offset: self._waiting[offset] for offset in list(self._waiting)[:MAX_ANSWERS]}
         try:
             async with asyncio.timeout(COMMIT_SECONDS):
+                if self._failures:
+                    await self._check_places()
+                answers = self._next_answers()
                 commit = await commit_of(self._assignment, partition, answers.keys())
         except TROUBLE as error:  # a rebalance: the position is not known
             log.info("commit_deferred", partition=partition.number, reason=explain(error))
@@ -139,14 +147,45 @@ class Outbox:
             async with asyncio.timeout(TRANSACTION_SECONDS):
                 await self._transact([record for each in answers.values() for record in each.records], commit)
         except (TransactionFailed, TimeoutError) as error:
+            self._failures += 1
             fenced = isinstance(error, TransactionFailed) and error.fenced
             if isinstance(error, TransactionFailed) and error.refused is not None:
                 self._refuse(answers, error.refused)
             self._assignment.reopen(partition, FENCED_SECONDS if fenced else 0.0)
         else:
+            self._failures = 0
             self._in_doubt = None
             partition.confirm(commit)
             self._settle(answers)
+
+    def _next_answers(self) -> dict[int, Answer]:
+        """Those that the next transaction is to hold, the longest waiting first."""
+        halvings = min(self._failures, MAX_HALVINGS)
+        answers: dict[int, Answer] = {}
+        size = 0
+        for offset, answer in self._waiting.items():
+            size += sum(len(record.value or b"") for record in answer.records)
+            if answers and (len(answers) >= MAX_ANSWERS >> halvings or size > MAX_BYTES >> halvings):
+                break
+            answers[offset] = answer
+        return answers
+
+    async def _check_places(self) -> None:
+        """Refuses what waits for a place that has gone."""
+        places = {
+            (record.topic, record.partition): record for each in self._waiting.values() for record in each.records
+        }
+        for place, record in places.items():
+            try:
+                await self._check(record)
+            except RecordRefused as refused:
+                for answer in [
+                    a for a in self._waiting.values() if any((r.topic, r.partition) == place for r in a.records)
+                ]:
+                    lost = next(r for r in answer.records if (r.topic, r.partition) == place)
+                    del self._waiting[answer.offset]
+                    if not answer.safe.done():
+                        answer.safe.set_exception(RecordRefused(lost, refused.reason))
 
     def _settle(self, answers: dict[int, Answer]) -> None:
         for offset, answer in answers.items():

@@ -104,12 +104,28 @@ class Publisher:
         """
         while True:
             try:
-                return await self._require_place(self._producer.current, record)
+                await self._require_place(self._producer.current, record)
+                self._outage.over()
+                return
             except TopicAuthorizationFailedError as error:
                 raise RecordRefused(record, explain(error)) from error
             except TROUBLE as error:
                 self._outage.failed("asking for topics", error)
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def check_place(self, record: OutgoingRecord) -> None:
+        """Asks the brokers whether the place that a request named for its answer has gone.
+
+        Our own topics are waited for. Raises RecordRefused when it has; KafkaError, OSError or TimeoutError when
+        nobody can say.
+        """
+        if record.topic in self._topics:
+            return
+        async with asyncio.timeout(TOPIC_SECONDS):
+            cluster = await self._producer.current.client.fetch_all_metadata()
+        partitions = cluster.partitions_for_topic(record.topic)
+        if not partitions or (record.partition is not None and record.partition not in partitions):
+            raise RecordRefused(record, "there is no such topic or partition any more")
 
     async def send(self, records: Sequence[OutgoingRecord]) -> None:
         """Returns when every record is acknowledged, however long brokers are away.
@@ -224,7 +240,11 @@ class Publisher:
             break
 
         def finished(future: asyncio.Future[Any]) -> None:
-            if not future.cancelled() and (error := future.exception()) is not None:
+            if future.cancelled():
+                return
+            if (error := future.exception()) is None:
+                self._outage.over()
+            else:
                 self._lose_delta(record, error)
                 task = asyncio.ensure_future(self._producer.replace(producer))
                 self._replacing.add(task)

@@ -103,15 +103,18 @@ class Reader:
             self._assignment.consumer.seek(partition.name, partition.tracker.next_position)
 
     async def _read_tolerantly(self, readable: list[Partition], limit: int) -> list[Record]:
-        records: list[Record] = []
         for partition in readable:
             tracker = partition.tracker
             messages, behind = await fetch_tolerantly(self._connection, partition.name, tracker.next_position)
             if not partition.is_open:
                 continue
-            records += self._admit(partition.name, messages[: limit - len(records)])
+            records = self._admit(partition.name, messages[:limit])
             if not messages or messages[-1].offset < tracker.next_position:
                 tracker.skip_to(behind)
+            if records:
+                break  # what is admitted is in flight: nothing that can fail may come between that and its answer
+        else:
+            records = []
         self._seek_back()
         return records
 
