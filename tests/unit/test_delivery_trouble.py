@@ -1,0 +1,278 @@
+"""Exactly-once delivery beside the way: claims that come too late, answers that nobody takes, places that are gone.
+
+Kafka is a stand-in here; what it does of itself is tested on a real broker in tests/integration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import IllegalStateError, KafkaTimeoutError
+
+from loramux_schemas import ErrorCode, KafkaConnection, ReplyRoute, Request
+from loramux_worker.errors import RequestFailed
+from loramux_worker.front import Front
+from loramux_worker.kafka import exactly_once, outbox
+from loramux_worker.kafka.assignment import Assignment
+from loramux_worker.kafka.dead_letters import dead_letter
+from loramux_worker.kafka.exactly_once import ExactlyOnce
+from loramux_worker.kafka.group_offsets import Commit
+from loramux_worker.kafka.publisher import Publisher
+from loramux_worker.kafka.records import OutgoingRecord, Record
+from loramux_worker.kafka.sending import RecordRefused
+from loramux_worker.kafka.transactions import TransactionFailed
+from loramux_worker.metrics import Metrics
+from loramux_worker.replies import ReplyWriter, Topics
+from loramux_worker.stopwatch import Stopwatch
+
+LARGEST = 1_048_588
+
+
+class Cluster:
+    """What the group has committed, who started a producer, and how transactions are to end."""
+
+    def __init__(self) -> None:
+        self.committed = {number: Commit(5, "") for number in range(4)}
+        self.starts: Counter[int] = Counter()
+        self.sent: list[list[OutgoingRecord]] = []
+        self.failing = 0
+        self.fenced = False
+        self.silent: set[int] = set()  # partitions whose coordinator does not answer
+        self.gone: set[str] = set()
+        self.assigned: set[int] = set()
+
+    def assign(self, assignment: Assignment, *numbers: int) -> None:
+        self.assigned = set(numbers)
+        assignment.on_partitions_assigned([TopicPartition("requests", number) for number in numbers])
+
+
+class Producer:
+    def __init__(self, cluster: Cluster, known_as: str) -> None:
+        self.cluster = cluster
+        self.number = int(known_as.rpartition(".")[2])
+
+    async def start(self) -> None:
+        self.cluster.starts[self.number] += 1
+        if self.number in self.cluster.silent:
+            await asyncio.Event().wait()
+
+    async def commit(self, records: list[OutgoingRecord], name: TopicPartition, at: Commit, group_id: str) -> None:
+        await asyncio.sleep(0.02)
+        self.cluster.sent.append(records)
+        if self.cluster.fenced or self.cluster.failing:
+            self.cluster.failing -= 1
+            raise TransactionFailed("so it is to be", fenced=self.cluster.fenced)
+        self.cluster.committed[self.number] = at
+
+    async def close(self) -> None:
+        pass
+
+
+class Consumer:
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def seek(self, name: TopicPartition, position: int) -> None:
+        if name.partition not in self.cluster.assigned:
+            raise IllegalStateError(f"{name} is not assigned")
+
+    async def position(self, name: TopicPartition) -> int:
+        return 5
+
+
+class Places:
+    """A publisher that knows where topics are, or that they have gone."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    async def require_place(self, record: OutgoingRecord) -> None:
+        pass
+
+    async def check_place(self, record: OutgoingRecord) -> None:
+        if record.topic in self.cluster.gone:
+            raise RecordRefused(record, "it has gone")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+
+    async def committed(connection: object, group_id: str, topic: str, numbers: list[int]) -> dict[int, Commit]:
+        return {number: cluster.committed[number] for number in numbers}
+
+    monkeypatch.setattr(exactly_once, "TransactionalProducer", lambda _, known_as: Producer(cluster, known_as))
+    monkeypatch.setattr(exactly_once, "committed", committed)
+    monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.1)
+    return cluster
+
+
+@pytest.fixture
+async def delivery(cluster: Cluster) -> Iterator[tuple[ExactlyOnce, Assignment]]:
+    delivery = ExactlyOnce(None, topic="requests", group_id="group", publisher=Places(cluster))
+    assignment = Assignment(topic="requests", window=100, commits=delivery, on_lost=lambda lost: None)
+    assignment.attach(Consumer(cluster))
+    yield delivery, assignment
+    await assignment.close()
+    await delivery.close()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+
+
+def answering(
+    delivery: ExactlyOnce, assignment: Assignment, number: int, offset: int, topic: str = "replies"
+) -> asyncio.Task[None]:
+    partition = assignment.open_partition(number)
+    partition.tracker.admit(offset)
+    record = Record("requests", number, offset, None, b"", (), 0, partition.epoch)
+    return asyncio.create_task(delivery.complete(record, [OutgoingRecord(topic, b"key", b"value")]))
+
+
+async def test_a_partition_that_went_to_another_worker_is_not_claimed_back(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment]
+) -> None:
+    """A fenced transaction outlives the rebalance that gave its partition away."""
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0)
+    await until(lambda: assignment.open_partition(0))
+    cluster.fenced = True
+    answer = answering(exactly, assignment, 0, 5)
+    await asyncio.sleep(0.01)
+    await assignment.on_partitions_revoked([TopicPartition("requests", 0)])
+    cluster.assign(assignment)
+    await asyncio.sleep(0.4)
+    assert cluster.starts == Counter({0: 1})
+    assert not assignment.outage.active
+    assert answer.cancelled()
+    assert assignment.open_partitions() == []
+
+
+async def test_a_partition_without_a_coordinator_keeps_no_other_closed(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exactly_once, "FENCE_SECONDS", 0.1)
+    _, assignment = delivery
+    cluster.silent = {1}
+    cluster.assign(assignment, 0, 1, 2)
+    await until(lambda: {each.number for each in assignment.open_partitions()} == {0, 2})
+    cluster.silent = set()
+    await until(lambda: {each.number for each in assignment.open_partitions()} == {0, 1, 2})
+
+
+async def test_what_waits_for_a_topic_that_has_gone_is_refused_and_the_others_go(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment]
+) -> None:
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0)
+    await until(lambda: assignment.open_partition(0))
+    cluster.gone, cluster.failing = {"private"}, 1
+    private = answering(exactly, assignment, 0, 5, "private")
+    other = answering(exactly, assignment, 0, 6)
+    await asyncio.wait_for(other, 5.0)
+    with pytest.raises(RecordRefused, match="private"):
+        await private
+    assert [record.topic for record in cluster.sent[-1]] == ["replies"]
+
+
+async def test_what_fails_is_tried_in_smaller_transactions(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "MAX_ANSWERS", 8)
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0)
+    await until(lambda: assignment.open_partition(0))
+    cluster.failing = 2
+    await asyncio.wait_for(asyncio.gather(*(answering(exactly, assignment, 0, 5 + i) for i in range(8))), 5.0)
+    assert [len(records) for records in cluster.sent] == [8, 4, 2, 6]
+
+
+class Refusing:
+    """A delivery to which nothing goes but what `takes` says."""
+
+    def __init__(self, takes) -> None:
+        self.takes = takes
+        self.done: tuple[OutgoingRecord, ...] | None = None
+
+    async def complete(self, record: Record, outgoing: tuple[OutgoingRecord, ...]) -> None:
+        for answer in outgoing:
+            if not self.takes(answer):
+                raise RecordRefused(answer, "not taken")
+        self.done = outgoing
+
+
+def publisher() -> Publisher:
+    publisher = Publisher(KafkaConnection(bootstrap_servers="127.0.0.1:1"))
+    publisher._limits = dict.fromkeys(("lora.requests", "lora.replies", "dead"), LARGEST)
+    return publisher
+
+
+async def answered(record: Record, answers: tuple[OutgoingRecord, ...], delivery: Refusing) -> None:
+    """Has a front deliver these answers."""
+
+    async def answer(record: Record, watch: Stopwatch) -> tuple[OutgoingRecord, ...]:
+        return answers
+
+    await Front(None, answer, writer(), publisher(), delivery, 1)._answer(record)
+
+
+def writer() -> ReplyWriter:
+    return ReplyWriter("worker", Topics("lora.replies", "lora.stream", "dead"), Metrics())
+
+
+@pytest.mark.parametrize(
+    ("key", "headers"), [(b"k" * 1_048_400, ()), (None, (("any", b"h" * 1_048_400),))], ids=["key", "header"]
+)
+async def test_a_dead_letter_of_any_size_is_delivered(
+    key: bytes | None, headers: tuple[tuple[str, bytes], ...]
+) -> None:
+    record = Record("lora.requests", 0, 7, key, b"no request", headers, 0, 1)
+    delivery = Refusing(publisher().fits)
+    await answered(record, (dead_letter(record, "dead", "not JSON"),), delivery)
+    (letter,) = delivery.done
+    assert int.from_bytes(dict(letter.headers)["kafka_dlt-original-offset"]) == 7
+    assert (letter.key, letter.value) == (None, None)
+
+
+async def test_a_reply_whose_echo_is_too_large_comes_without() -> None:
+    headers = (("correlation_id", b"h" * 1_048_300),)
+    value = b'{"request_id":"r","prompt":"x"}'
+    record = Record("lora.requests", 0, 7, None, value, headers, 0, 1)
+    error = RequestFailed(ErrorCode.INVALID_REQUEST, "too much to echo")
+    reply = writer().failed(Request.from_json(value), ReplyRoute.unrouted(headers), error, Stopwatch(0).timing(None))
+    delivery = Refusing(publisher().fits)
+    await answered(record, (reply,), delivery)
+    (sent,) = delivery.done
+    assert b'"request_id":"r"' in sent.value
+    assert sent.headers == ()
+
+
+async def test_a_refused_dead_letter_costs_no_reply_and_ends_where_nothing_goes() -> None:
+    record = Record("lora.requests", 0, 7, None, b"no request", (), 0, 1)
+    letter, reply = dead_letter(record, "dead", "not JSON"), OutgoingRecord("lora.replies", b"r", b"{}")
+    delivery = Refusing(lambda answer: answer.topic != "dead")
+    await answered(record, (letter, reply), delivery)
+    assert delivery.done == (reply,)
+
+
+async def test_a_publisher_is_well_again_when_a_topic_is_found() -> None:
+    class Client:
+        asked = 0
+
+        async def partitions_for(self, topic: str) -> set[int]:
+            self.asked += 1
+            if self.asked == 1:
+                raise KafkaTimeoutError("no metadata")
+            return {0}
+
+    some = publisher()
+    some._producer._current = Client()
+    await some.require_place(OutgoingRecord("lora.replies", b"key", b"value"))
+    assert some.trouble is None
