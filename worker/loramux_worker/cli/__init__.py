@@ -14,6 +14,7 @@ from loramux_producer.commands import batch, cancel, send
 from loramux_worker.cli.adapters import adapters
 from loramux_worker.cli.broker import broker
 from loramux_worker.cli.demo import demo
+from loramux_worker.cli.plan import plan
 from loramux_worker.cli.schema import schema
 from loramux_worker.cli.top import top
 from loramux_worker.cli.worker import worker
@@ -33,12 +34,18 @@ app.command(
         "help_option_names": [],  # the settings print their own help
     }
 )(worker)
-for command in (demo, send, batch, cancel, top, schema, broker):
+for command in (demo, send, batch, cancel, top, plan, schema, broker):
     app.command()(command)
 app.add_typer(adapters)
 
 
-_EXTRAS = {"confluent_kafka": "embedded", "textual": "top", "opentelemetry": "tracing"}
+_EXTRAS = {
+    "confluent_kafka": "embedded",
+    "matplotlib": "plan",
+    "numpy": "plan",
+    "opentelemetry": "tracing",
+    "textual": "top",
+}
 
 
 def main() -> None:
