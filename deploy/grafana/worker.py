@@ -72,8 +72,9 @@ def worker() -> Dashboard:
             lines(
                 "requests in hand",
                 "short",
-                "Taken from Kafka and not answered yet, at most --look-ahead.",
+                "Not answered yet, at most --look-ahead; parked: beyond their adapter's share, at most --max-parked.",
                 (m.of("requests_in_flight"), each),
+                (m.of("requests_parked"), "parked {{instance}}"),
             )
         )
         .with_row(Row("Kafka"))

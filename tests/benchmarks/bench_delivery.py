@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from benchmarks.machine import describe_machine
 from loramux_schemas import KafkaConnection
+from loramux_worker.cancellations import Cancellations
 from loramux_worker.front import Front
 from loramux_worker.kafka.commits import PlainCommits
 from loramux_worker.kafka.delivery import AtLeastOnce
@@ -33,6 +34,7 @@ from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.logs import configure_logs
+from loramux_worker.look_ahead import Window
 from services.kafka import KafkaCluster
 
 MODES = ("at_least_once", "exactly_once")
@@ -57,7 +59,9 @@ async def _serve(mode: str, servers: str, requests: str, replies: str, ready: Ev
     async def answer(record: Record) -> tuple[OutgoingRecord, ...]:
         return (OutgoingRecord(replies, record.key, (record.value or b"") + BODY.encode()),)
 
-    front = Front(intake, answer, None, publisher, exactly_once or AtLeastOnce(publisher, intake), look_ahead=4096)
+    delivery = exactly_once or AtLeastOnce(publisher, intake)
+    window = Window(seats=4096, share=0.75, max_parked=8192, max_parked_bytes=64 << 20)
+    front = Front(intake, answer, None, publisher, delivery, window, Cancellations(60.0))
     await intake.start()
     taking = asyncio.create_task(front.take_requests())
     while not intake.assigned:  # noqa: ASYNC110 - the group tells nobody

@@ -47,10 +47,11 @@ def web(model: TinyModel) -> Iterator[WebServer]:
 
 @pytest.fixture(scope="module")
 def served(kafka: KafkaCluster, model: TinyModel, web: WebServer) -> Iterator[Serving]:
-    """A worker that takes four requests, runs one, and finds cancellations from before its start."""
+    """A worker that has four requests in hand, runs one, parks one, and finds cancellations from before its start."""
     topics = new_topics(kafka)
     asyncio.run(say_before_the_start(kafka, topics))
-    flags = {"look_ahead": LOOK_AHEAD, "max_batch_sequences": 1, "adapter_uri": f"{web.url}/{{adapter_id}}"}
+    bounds = {"look_ahead": LOOK_AHEAD, "max_parked": 1, "max_batch_sequences": 1}
+    flags = {**bounds, "adapter_uri": f"{web.url}/{{adapter_id}}"}
     with worker_of(kafka, model, topics, **flags) as worker:
         yield Serving(kafka, worker, model, topics)
 
@@ -73,34 +74,46 @@ async def test_what_was_cancelled_before_the_worker_started(served: Serving) -> 
 
 
 async def test_a_request_is_cancelled_in_every_state(served: Serving) -> None:
-    """Streaming, waiting for the batch, waiting for its adapter, unread in Kafka: one reply each, and room again."""
+    """Streaming, waiting for the batch or an adapter, parked, unread in Kafka: one reply each, and room again."""
     async with served.client() as client, served.client() as other, reading(served, "replies_topic") as replies:
         stream = client.stream("streaming", **LONG)
         deltas = [await anext(stream)]
         taken = [await client.submit("x", adapter_id=name, **LONG) for name in ("stuck", "stuck", "quick")]
+        parked = await client.submit("never begun before it was cancelled")
+        await metric_is(served, "loramux_requests_parked", 1)
         unread = await client.submit("never read before it was cancelled")
-        waiting = [*taken, unread]
+        waiting = [*taken, parked, unread]
         ids = [stream.request.request_id, *(client_id(client, future) for future in waiting)]
 
         await other.cancel(ids[-1])  # by a client that never asked it
         assert not unread.done()
-        await asyncio.gather(*map(client.cancel, ids[:-1]))
+        await client.cancel(ids[-2])
+        _, waits_for_a_seat = await asyncio.wait([parked, unread], timeout=SECONDS)
+        assert not waits_for_a_seat
+        assert not any(future.done() for future in taken)
+        await asyncio.gather(*map(client.cancel, ids[:-2]))
         with pytest.raises(ReplyFailed) as failed:
             deltas += [delta async for delta in stream]
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         errors = [failed.value, *outcomes]
-        assert [error.code for error in errors] == [ErrorCode.CANCELLED] * 5
+        assert [error.code for error in errors] == [ErrorCode.CANCELLED] * 6
         assert len(deltas) < LONG["max_new_tokens"], "it was cut short"
         after = [await client.generate("after", max_new_tokens=4) for _ in range(LOOK_AHEAD)]
         assert all(reply.status == "ok" for reply in after)
-        counts = Counter(reply.request_id for reply in await parsed(replies, 5 + LOOK_AHEAD))
-    assert [counts[request_id] for request_id in ids] == [1] * 5
+        counts = Counter(reply.request_id for reply in await parsed(replies, 6 + LOOK_AHEAD))
+    assert [counts[request_id] for request_id in ids] == [1] * 6
 
     async with served.client() as client:
         answered = await client.generate("answered", max_new_tokens=2)
         await client.cancel(answered.request_id)  # too late: nothing happens
         assert (await client.generate("next", max_new_tokens=2)).status == "ok"
     assert served.worker.metric("loramux_requests_running") == 0
+
+
+async def metric_is(served: Serving, name: str, value: float) -> None:
+    async with asyncio.timeout(SECONDS):
+        while await asyncio.to_thread(served.worker.metric, name) != value:  # noqa: ASYNC110 - another process's
+            await asyncio.sleep(0.02)
 
 
 def client_id(client: Client, future: asyncio.Future[Reply]) -> str:

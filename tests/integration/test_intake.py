@@ -243,6 +243,28 @@ async def test_a_full_window_stops_its_own_partition_only(
         assert offsets(await worker.take(16)) == list(range(16, 32))
 
 
+async def test_a_partition_that_is_not_wanted_now_waits_in_its_place(
+    kafka: KafkaCluster, kafka_topics: Callable[..., str]
+) -> None:
+    topic = kafka_topics("requests", 2)
+    for partition in (0, 1):
+        await produce(kafka, topic, 5, partition)
+    async with working(kafka, topic) as worker:
+        await worker.assigned({0, 1})
+        first = await worker.take(3)
+        besides = {first[0].partition}
+        others: list[Record] = []
+        async with asyncio.timeout(SECONDS):
+            while len([each for each in others if each.partition not in besides]) < 5:
+                others += await worker.intake.take(100, 1.0, besides)
+            assert {each.partition for each in others}.isdisjoint(besides)
+            assert await worker.intake.take(100, 0.3, {0, 1}) == []
+        rest = await worker.take(10 - len(first) - len(others))
+    assert sorted((each.partition, each.offset) for each in first + others + rest) == [
+        (partition, offset) for partition in (0, 1) for offset in range(5)
+    ]
+
+
 async def test_reads_no_more_than_it_is_asked_for(kafka: KafkaCluster, kafka_topics: Callable[..., str]) -> None:
     topic = kafka_topics("requests", partitions=3)
     for partition in range(3):

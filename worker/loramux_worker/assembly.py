@@ -29,6 +29,7 @@ from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.topics import ensure_topics
 from loramux_worker.kafka.transactions import require_transactions
+from loramux_worker.look_ahead import Window
 from loramux_worker.metrics import Metrics, TransactionCollector, WorkerCollector
 from loramux_worker.pool import EnginePool
 from loramux_worker.replies import ReplyWriter, Topics
@@ -118,7 +119,8 @@ async def assemble(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -
         session_timeout=settings.session_timeout,
     )
     delivery = exactly_once or AtLeastOnce(publisher, intake)
-    front = Front(intake, answerer, replies, publisher, delivery, settings.look_ahead, tracing)
+    window = Window(settings.look_ahead, settings.adapter_look_ahead, settings.max_parked, int(settings.parked_memory))
+    front = Front(intake, answerer, replies, publisher, delivery, window, cancellations, tracing)
     await intake.start()
     stack.push_async_callback(intake.close)
     metrics.registry.register(WorkerCollector(pool, intake, catalog, publisher))

@@ -14,12 +14,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from loramux_schemas import ErrorCode
 from loramux_worker.errors import RequestFailed
 
 MAX_REMEMBERED: Final = 100_000  # some 200 bytes each
+
+
+class Cancellable(Protocol):
+    """What waits to be told that its request is cancelled."""
+
+    def cancel(self) -> None:
+        """Somebody cancelled the request."""
 
 
 class Cancellations:
@@ -36,7 +43,7 @@ class Cancellations:
         self._max_remembered = max_remembered
         self._clock = clock
         self._expiries: OrderedDict[str, float] = OrderedDict()  # by request_id, the latest cancellation last
-        self._scopes: dict[str, set[Scope]] = {}
+        self._scopes: dict[str, set[Cancellable]] = {}
 
     def __len__(self) -> int:
         """How many ids are remembered."""
@@ -53,20 +60,20 @@ class Cancellations:
         self._expiries[request_id] = max(expiry, self._expiries.pop(request_id, 0.0))
         self._trim(now)
         if request_id in self:
-            for scope in self._scopes.get(request_id, ()):
+            for scope in tuple(self._scopes.get(request_id, ())):  # they may leave
                 scope.cancel()
 
     def scope(self, request_id: str) -> Scope:
         """A block in which the current task works on this request."""
         return Scope(self, request_id)
 
-    def enter(self, request_id: str, scope: Scope) -> None:
+    def enter(self, request_id: str, scope: Cancellable) -> None:
         """A scope begins. Raises RequestFailed if the request has been cancelled."""
         if request_id in self:
             raise _cancelled()
         self._scopes.setdefault(request_id, set()).add(scope)
 
-    def leave(self, request_id: str, scope: Scope) -> None:
+    def leave(self, request_id: str, scope: Cancellable) -> None:
         """A scope ends."""
         scopes = self._scopes[request_id]
         scopes.remove(scope)

@@ -1,7 +1,7 @@
 """The front: takes records, has each answered by a task of its own, and has the answers delivered.
 
-intake ─► Answerer (one task a request) ─► delivery
-             │ catalog   tokenizers   pool
+intake ─► window (seats, parking) ─► Answerer (one task a request) ─► delivery
+                                        │ catalog   tokenizers   pool
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from loramux_worker.alarms import Alarms
 from loramux_worker.answer import Answerer
+from loramux_worker.cancellations import Cancellations
+from loramux_worker.glance import Glanced, glance
 from loramux_worker.kafka.delivery import Delivery
 from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
+from loramux_worker.look_ahead import Window
 from loramux_worker.replies import ReplyWriter
 from loramux_worker.stopwatch import Stopwatch
 
@@ -32,7 +36,7 @@ _TAKE_TIMEOUT = 0.2  # seconds that one look into Kafka waits
 
 
 class Front:
-    """Takes records as far as the look-ahead allows and has each answered by a task of its own."""
+    """Takes records as far as the window allows and has each answered by a task of its own, once it has a seat."""
 
     def __init__(
         self,
@@ -41,7 +45,8 @@ class Front:
         replies: ReplyWriter,
         publisher: Publisher,
         delivery: Delivery,
-        look_ahead: int,
+        window: Window,
+        cancellations: Cancellations,
         tracing: Tracing | None = None,
     ) -> None:
         self._intake = intake
@@ -49,16 +54,23 @@ class Front:
         self._replies = replies
         self._publisher = publisher
         self._delivery = delivery
-        self._look_ahead = look_ahead
+        self._window = window
+        self._alarms = Alarms(cancellations, self._expedite)
         self._tracing = tracing
-        self._tasks: dict[asyncio.Task[None], tuple[int, int]] = {}
+        self._tasks: dict[asyncio.Task[None], Glanced] = {}
+        self._seated: set[Glanced] = set()
         self._freed = asyncio.Event()
         self._drain_began: float | None = None
 
     @property
     def in_flight(self) -> int:
-        """Requests that were taken and not answered yet."""
+        """Requests that are worked on: begun and not answered yet."""
         return len(self._tasks)
+
+    @property
+    def parked(self) -> int:
+        """Requests that were taken and wait until their adapter has room."""
+        return self._window.parked
 
     @property
     def draining_seconds(self) -> float:
@@ -68,22 +80,22 @@ class Front:
     async def take_requests(self) -> None:
         """Take records and start answering them until `drain`."""
         while self._drain_began is None:
-            room = self._look_ahead - self.in_flight
-            if room <= 0:
+            if self._window.room <= 0:
                 self._freed.clear()
                 await self._freed.wait()
                 continue
-            for record in await self._intake.take(room, _TAKE_TIMEOUT):
-                if self._drain_began is not None:
-                    return  # what was taken just now is read again by whoever owns the partition next
-                task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
-                self._tasks[task] = (record.partition, record.epoch)
-                task.add_done_callback(self._finished)
+            records = await self._intake.take(self._window.room, _TAKE_TIMEOUT, self._window.full_partitions)
+            if self._drain_began is None:
+                self._park(records)
 
     async def drain(self, timeout: float) -> None:
-        """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka)."""
+        """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka).
+
+        What is parked is given up at once.
+        """
         self._drain_began = time.monotonic()
         self._freed.set()
+        self._alarms.disarm(self._window.clear())
         if self._tasks:
             log.info("draining", in_flight=self.in_flight, timeout=timeout)
             await asyncio.wait(self._tasks, timeout=timeout)
@@ -91,9 +103,37 @@ class Front:
 
     def lose(self, lost: Collection[tuple[int, int]]) -> None:
         """These (partition, epoch) belong to another worker now: stop working on their requests."""
-        for task, owner in self._tasks.items():
-            if owner in lost:
+        self._alarms.disarm(self._window.lose(lost))
+        for task, request in self._tasks.items():
+            if (request.record.partition, request.record.epoch) in lost:
                 task.cancel()
+        self._freed.set()
+
+    def _park(self, records: list[Record]) -> None:
+        for record in records:
+            request = glance(record)
+            self._window.park(request)
+            self._alarms.arm(request)
+        self._start()
+
+    def _start(self) -> None:
+        while (request := self._window.start()) is not None:
+            self._alarms.disarm([request])
+            self._seated.add(request)
+            self._begin(request)
+
+    def _expedite(self, request: Glanced) -> None:
+        """Answer a parked request that was cancelled or is late. It wants no engine, so it needs no seat."""
+        if self._window.withdraw(request):
+            self._alarms.disarm([request])
+            self._begin(request)
+            self._freed.set()
+
+    def _begin(self, request: Glanced) -> None:
+        record = request.record
+        task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
+        self._tasks[task] = request
+        task.add_done_callback(self._finished)
 
     async def _answer(self, record: Record) -> None:
         structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
@@ -137,7 +177,11 @@ class Front:
         return instead if self._publisher.fits(instead) else replace(instead, key=None, headers=())
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
+        request = self._tasks.pop(task)
+        if request in self._seated:
+            self._seated.remove(request)
+            self._window.finish(request)
+            self._start()
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # the record stays undone: it is read again by whoever owns the partition next

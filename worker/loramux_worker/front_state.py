@@ -19,7 +19,11 @@ class FrontState(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Requests that were taken and not answered yet."""
+        """Requests that are worked on: begun and not answered yet."""
+
+    @property
+    def parked(self) -> int:
+        """Requests that were taken and wait until their adapter has room."""
 
     @property
     def draining_seconds(self) -> float:
@@ -53,7 +57,8 @@ class FrontCollector(Collector):
         )
         gauges = (
             ("ready", "1 while /readyz says 200.", self._is_ready()),
-            ("requests_in_flight", "Requests taken from Kafka and not answered yet.", self._front.in_flight),
+            ("requests_in_flight", "Requests begun and not answered yet.", self._front.in_flight),
+            ("requests_parked", "Requests read ahead that wait until their adapter has room.", self._front.parked),
             ("draining_seconds", "Time since the drain began, 0 before it.", self._front.draining_seconds),
             ("drain_timeout_seconds", "How long a drain may take (--drain-timeout).", self._drain_timeout),
         )

@@ -187,7 +187,14 @@ class WorkerSettings(BaseSettings):
     cuda_graphs: bool = Field(
         True, description="on a GPU, run small steps as CUDA graphs; off starts sooner, runs slower"
     )
-    look_ahead: PositiveInt = Field(1024, description="requests taken from Kafka and not yet answered")
+    look_ahead: PositiveInt = Field(1024, description="requests in hand: begun and not yet answered")
+    adapter_look_ahead: float = Field(
+        0.75, gt=0, lt=1, description="share of them that one adapter may have while it is alone; several share alike"
+    )
+    max_parked: PositiveInt = Field(
+        8192, description="requests read beyond that, which wait until their adapter has room and hide nobody behind"
+    )
+    parked_memory: ByteSize = Field(ByteSize(64 << 20), gt=0, description="bytes that these may take, or 64MiB")
 
     http_host: str = Field("127.0.0.1", description="address of /metrics, /healthz and /readyz")
     http_port: int = Field(9400, ge=0, le=65535, description="their port; 0 picks a free one and logs it")

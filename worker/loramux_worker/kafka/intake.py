@@ -14,6 +14,7 @@ stays in Kafka, where consumer lag shows it. A broker that goes away is waited f
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Any, Final
 
 import structlog
@@ -118,8 +119,10 @@ class Intake:
         self._subscribe(consumer)
         self._housekeeping = asyncio.create_task(self._keep_house(), name="intake-housekeeping")
 
-    async def take(self, max_records: int, timeout: float) -> list[Record]:
+    async def take(self, max_records: int, timeout: float, besides: Collection[int] = ()) -> list[Record]:
         """The next requests, at most `max_records`; empty after `timeout` without one, and when closed.
+
+        The partitions `besides` are left alone.
 
         Cancelling it loses nothing, but a `wait_for` around it may: it can drop a result that came in time.
         """
@@ -127,7 +130,7 @@ class Intake:
         deadline = loop.time() + timeout
         while not self._closed:
             left = max(0.0, deadline - loop.time())
-            records = await self._reader.poll(max_records, left)
+            records = await self._reader.poll(max_records, left, besides)
             if records or loop.time() >= deadline:
                 return records
         return []

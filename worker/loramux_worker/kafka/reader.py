@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final
 
 import structlog
@@ -38,10 +38,13 @@ class Reader:
         self._assignment = assignment
         self._restart = restart
 
-    async def poll(self, max_records: int, wait: float) -> list[Record]:
-        """At most `max_records` new records; may return none before `wait` seconds are over."""
+    async def poll(self, max_records: int, wait: float, besides: Collection[int] = ()) -> list[Record]:
+        """At most `max_records` new records, none of the partitions `besides`.
+
+        May return none before `wait` seconds are over.
+        """
         open_now = self._assignment.open_partitions()
-        readable = [partition for partition in open_now if not partition.tracker.is_full]
+        readable = [each for each in open_now if not each.tracker.is_full and each.number not in besides]
         if not readable or max_records < 1:
             await self._assignment.changed(wait)
             return []

@@ -1,0 +1,197 @@
+"""One adapter floods, 20 others ask now and then: what these feel of it, through real Kafka and one worker.
+
+    PYTHONPATH=tests python tests/benchmarks/bench_fairness.py [--flood 5000] [--seconds 30] [--device cpu]
+
+The demo model and copies of its adapters. The flood comes at once from a plain producer that takes the adapter as key,
+so all of it stands in one partition; each light adapter asks once a second, as a stream, for `--seconds` without the
+flood and then for as long as the flood takes. A time to the first token is the client's: from asking to the first
+delta, Kafka there and back. Throughput is all tokens, of prompts and answers, while the flood lasts.
+
+The worker is measured as it is, then again as one that serves first come, first served (`first_come/`). The last line
+of the output is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import describe_machine
+from loramux_producer import Client
+from loramux_schemas import Request
+from services.kafka import KafkaCluster
+from services.serving import client_of, new_topics
+from services.worker import WorkerProcess
+
+DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
+FIRST_COME = Path(__file__).resolve().parent / "first_come"
+HEAVY = "heavy"
+LIGHT = tuple(f"light/{i}" for i in range(20))
+POLICIES = ("loramux", "first come")
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flood", type=int, default=5000, help="requests of the adapter that floods (default 5000)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure without it (default 30)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate a request (default 16)")
+    parser.add_argument("--partitions", type=int, default=4, help="of the requests topic (default 4)")
+    parser.add_argument("--batch", type=int, default=64, help="--max-batch-sequences of the worker (default 64)")
+    parser.add_argument("--device", default="cpu", help="of the worker (default cpu)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder, KafkaCluster() as kafka:
+        copy_adapters(Path(folder))
+        figures = {policy: asyncio.run(measure(policy, kafka, Path(folder), options)) for policy in POLICIES}
+    print_table(figures)
+    settings = vars(options) | {"light_adapters": len(LIGHT)}
+    print(
+        json.dumps({"benchmark": "fairness", "machine": describe_machine(), "settings": settings, "figures": figures})
+    )
+
+
+def copy_adapters(folder: Path) -> None:
+    """The demo's adapters in turn, under the names of this benchmark."""
+    originals = sorted(config.parent for config in DEMO.glob("adapters/*/*/adapter_config.json"))
+    for name, original in zip((HEAVY, *LIGHT), itertools.cycle(originals), strict=False):
+        shutil.copytree(original, folder / name)
+
+
+@contextmanager
+def worker_with(
+    policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace
+) -> Iterator[tuple[WorkerProcess, dict[str, str]]]:
+    """A worker on topics of its own, which are returned too."""
+    topics = new_topics(kafka, options.partitions)
+    flags = {
+        "adapter_uri": f"file://{adapters}/{{adapter_id}}",
+        "group_id": topics["requests_topic"],
+        "device": options.device,
+        "max_batch_sequences": options.batch,
+        **topics,
+    }
+    environment = None
+    if policy == "first come":
+        environment = {"PYTHONPATH": str(FIRST_COME)}
+        flags["adapter_look_ahead"] = 0.9999  # all seats to those who came first
+    with WorkerProcess(kafka.bootstrap_servers, DEMO / "model", environment=environment, **flags) as worker:
+        rival = worker.log_path.read_text().count("first come, first served")
+        assert rival == (2 if policy == "first come" else 0), "front and engine are what they are said to be"
+        yield worker, topics
+
+
+async def measure(policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Times to the first token of the light ones without and with the flood, and the throughput."""
+    say(f"{policy}: starting a worker")
+    with worker_with(policy, kafka, adapters, options) as (worker, topics):
+        async with client_of(kafka, topics, timeout=900) as client:
+            for name in (HEAVY, *LIGHT):
+                await first_token(client, name, options)
+            say(f"{policy}: {options.seconds:g} s without the flood")
+            before = await light_load(client, options, asyncio.create_task(asyncio.sleep(options.seconds)))
+            say(f"{policy}: {options.flood} requests of one adapter")
+            flood = asyncio.create_task(flooding(kafka, worker, topics["requests_topic"], options))
+            during = await light_load(client, options, flood)
+    return {"without": summary(before), "with": summary(during), **flood.result()}
+
+
+async def light_load(client: Client, options: argparse.Namespace, until: asyncio.Task[Any]) -> list[float]:
+    """One request a second of each light adapter until the task is done; seconds to the first token of each."""
+    asks = []
+    began = time.perf_counter()
+    for number in itertools.count():
+        due = began + number / len(LIGHT)
+        await asyncio.wait([until], timeout=max(0.0, due - time.perf_counter()))
+        if until.done():
+            break
+        asks.append(asyncio.create_task(first_token(client, LIGHT[number % len(LIGHT)], options)))
+    return await asyncio.gather(*asks)
+
+
+async def first_token(client: Client, adapter_id: str, options: argparse.Namespace) -> float:
+    """Ask for a stream and read it to its end; seconds to its first delta."""
+    began, first = time.perf_counter(), None
+    async for _ in client.stream("Where is my order 4821?", adapter_id=adapter_id, **parameters(options)):
+        first = first or time.perf_counter() - began
+    assert first is not None, "an answer has tokens"
+    return first
+
+
+async def flooding(
+    kafka: KafkaCluster, worker: WorkerProcess, topic: str, options: argparse.Namespace
+) -> dict[str, float]:
+    """Send the flood and wait for its end."""
+    tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total")
+    done = await asyncio.to_thread(answered, worker)
+    began = time.perf_counter()
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=5) as producer:
+        sends = []
+        for i in range(options.flood):
+            request = Request(
+                request_id=f"flood-{i}",
+                adapter_id=HEAVY,
+                prompt=f"Where is my order {i}?",
+                parameters=parameters(options),
+            )
+            sends.append(await producer.send(topic, request.to_json(), key=HEAVY.encode()))
+        await asyncio.gather(*sends)
+    sent = time.perf_counter() - began
+    while await asyncio.to_thread(answered, worker) < done + options.flood:  # noqa: ASYNC110 - another process's
+        await asyncio.sleep(0.1)
+    seconds = time.perf_counter() - began
+    tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total") - tokens
+    return {"flood_sent_seconds": sent, "flood_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def answered(worker: WorkerProcess) -> int:
+    """Requests of the adapter that floods which were answered with text."""
+    start = f'loramux_requests_total{{adapter="{HEAVY}",outcome="ok"}} '
+    lines = [line for line in worker.get("/metrics").splitlines() if line.startswith(start)]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
+
+
+def parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """Exactly as many tokens."""
+    return {"max_new_tokens": options.new_tokens, "ignore_eos": True}
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """How many, and their percentiles in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [0.0] * 99
+    return {"requests": len(seconds), "p50_ms": cuts[49] * 1000, "p99_ms": cuts[98] * 1000}
+
+
+def print_table(figures: dict[str, dict[str, Any]]) -> None:
+    """The figures for a person."""
+    print(f"{'light: p50 / p99 to the first token':24}  {'without':>17}  {'with the flood':>19}  p99 ×   tokens/s")
+    for policy, row in figures.items():
+        before, during = row["without"], row["with"]
+        times = during["p99_ms"] / before["p99_ms"] if before["p99_ms"] else 0.0
+        cells = [f"{each['p50_ms']:.0f} / {each['p99_ms']:.0f} ms" for each in (before, during)]
+        print(f"{policy:35}  {cells[0]:>17}  {cells[1]:>19}  {times:5.1f}  {row['tokens_per_second']:9.0f}")
+    ours, rival = (figures[policy]["tokens_per_second"] for policy in POLICIES)
+    print(f"throughput beside first come, first served: {ours / rival:.1%}")
+
+
+def say(what: str) -> None:
+    """Progress, on standard error."""
+    print(f"… {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
