@@ -14,6 +14,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaTimeoutError
 
 from loramux_schemas import ErrorCode, KafkaConnection, ReplyRoute, Request
+from loramux_worker.cancellations import Cancellations
 from loramux_worker.errors import RequestFailed
 from loramux_worker.front import Front
 from loramux_worker.kafka import exactly_once, outbox
@@ -25,6 +26,7 @@ from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.transactions import TransactionFailed
+from loramux_worker.look_ahead import Window
 from loramux_worker.metrics import Metrics
 from loramux_worker.replies import ReplyWriter, Topics
 from loramux_worker.stopwatch import Stopwatch
@@ -220,7 +222,9 @@ async def answered(record: Record, answers: tuple[OutgoingRecord, ...], delivery
     async def answer(record: Record, watch: Stopwatch) -> tuple[OutgoingRecord, ...]:
         return answers
 
-    await Front(None, answer, writer(), publisher(), delivery, 1)._answer(record)
+    await Front(None, answer, writer(), publisher(), delivery, Window(1, 0.5, 1, 1), Cancellations(60.0))._answer(
+        record
+    )
 
 
 def writer() -> ReplyWriter:
