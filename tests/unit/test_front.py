@@ -136,7 +136,7 @@ async def test_a_parked_request_that_is_cancelled_is_answered_at_once() -> None:
 async def test_a_parked_request_is_answered_when_its_deadline_passes() -> None:
     async with stage() as s:
         names = flood(s, 9)
-        deadline = time.time() + 0.15
+        deadline = time.time() + 1.5  # of a busy machine
         s.backlog.add("late", "flood", deadline_ms=int(deadline * 1000))
         s.backlog.add("over", "flood", deadline_ms=1)
         s.backlog.add("patient", "flood", deadline_ms=2**62)
