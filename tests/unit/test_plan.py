@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,18 @@ def test_counts_are_read_with_and_without_names(tmp_path: Path) -> None:
     assert read_counts(file).tolist() == [0.75, 0.25]
     file.write_text("2\n2\n")
     assert read_counts(file).tolist() == [0.5, 0.5]
+
+
+def test_the_simulation_is_within_15_percent_of_a_measured_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    from fleet_metrics import WorkerMetrics
+
+    tiers = orjson.loads((RESULTS / "tiers.json").read_bytes())
+    weights = [1 / (number + 1) for number in range(1000)]
+    trace = random.Random(1).choices(range(1000), weights, k=2000)  # as `bench_tiers.py` draws it
+    ours = WorkerMetrics(gpu=50, host=200, disk=500, at_once=tiers["settings"]["at_once"]).run(trace)
+    for tier, ratio in ours.items():
+        assert ratio == pytest.approx(tiers["zipf"]["tiers"][tier]["hit_ratio"], rel=0.15), tier
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -38,8 +38,9 @@ def plan(
 ) -> None:
     """Say how many GPUs a load needs, how much of each tier, what hits and latencies to expect.
 
-    By step costs measured on an H100 and a model of the fleet; no GPU is needed. 500 customers with two adapters each
-    on an 8B, 20 requests/s:
+    It goes by step costs that were measured on an H100 and by a model of the fleet, and needs no GPU.
+
+    500 customers with two adapters each on an 8B, 20 requests/s:
 
         loramux plan --model 8b --adapters 1000 --rank 16 --rate 20 --plot plan.png
     """

@@ -83,7 +83,7 @@ class Worker:
 
     def distinct(self, sequences: float) -> tuple[float, float]:
         """Distinct adapters of so many sequences, and their bytes."""
-        there = -np.expm1(-sequences * self.shares)
+        there = 1 - (1 - self.shares) ** sequences
         return float(there.sum()), float(there @ self.sizes)
 
     def _needed(self, rate: float, prefill: float, sequences: float) -> float:

@@ -63,8 +63,8 @@ class _Classes:
         for _ in range(_ROUNDS):
             in_small, in_main, as_ghost = self._shares(small, main, ghost)
             held = np.array((self.sizes @ in_small, self.sizes @ in_main))
-            ghosts, residents = self.counts @ as_ghost, max(16.0, self.counts @ (in_small + in_main))
-            ratios = np.clip(np.array((*target / held, residents / ghosts)), 0.1, 10.0)
+            ghosts, residents = float(self.counts @ as_ghost), float(self.counts @ (in_small + in_main))
+            ratios = np.clip(np.array((*target / held, max(16.0, residents) / ghosts)), 0.1, 10.0)
             if np.abs(ratios[:2] - 1).max() < _TOLERANCE:
                 break
             # beyond 1e12 nothing changes: adapters that all come back leave the ghosts short

@@ -59,7 +59,8 @@ class Placement:
         """The share of all requests by worker [workers]."""
         k = self.shards.shape[1]
         workers = self.owners[self.shards].ravel()
-        return np.bincount(workers, weights=np.repeat(self.shares / k, k), minlength=self.workers)
+        loads: Floats = np.bincount(workers, np.repeat(self.shares / k, k), self.workers).astype(float)
+        return loads
 
     def of_worker(self, worker: int) -> tuple[Integers, Floats]:
         """The adapters that a worker meets, and each one's share of all requests there."""

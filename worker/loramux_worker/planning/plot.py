@@ -10,6 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.planning.sizing import Fleet, Load, Plan, plan
@@ -34,7 +35,7 @@ def draw(found: Plan, load: Load, fleet: Fleet, target: Path) -> None:
         plt.close(figure)
 
 
-def _latencies(axes: plt.Axes, found: Plan, load: Load, fleet: Fleet) -> None:
+def _latencies(axes: Axes, found: Plan, load: Load, fleet: Fleet) -> None:
     rates = load.rate * np.linspace(0.1, 0.98, 12) * found.most_rate / found.rate
     plans = [_at(replace(load, rate=float(rate)), fleet, found.gpus) for rate in rates]
     drawn = [(rate, at) for rate, at in zip(rates, plans, strict=True) if at is not None]
@@ -47,7 +48,7 @@ def _latencies(axes: plt.Axes, found: Plan, load: Load, fleet: Fleet) -> None:
     axes.set(xlabel="requests/s, all workers", ylabel="ms", yscale="log", title=f"at other rates, GPUs: {found.gpus}")
 
 
-def _hits(axes: plt.Axes, found: Plan, load: Load, fleet: Fleet) -> None:
+def _hits(axes: Axes, found: Plan, load: Load, fleet: Fleet) -> None:
     shares = np.linspace(0.05, 1.0, 12)
     plans = [_at(load, replace(fleet, host_bytes=share * found.room.host), found.gpus) for share in shares]
     drawn = [(share * found.room.host / 1e9, at) for share, at in zip(shares, plans, strict=True) if at is not None]

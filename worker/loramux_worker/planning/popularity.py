@@ -17,7 +17,7 @@ Floats = NDArray[np.floating[Any]]
 def zipf(adapters: int, exponent: float) -> Floats:
     """Shares [adapters], the most popular first: 1 / (place ** exponent), scaled to a sum of 1."""
     weights = np.arange(1, adapters + 1, dtype=float) ** -exponent
-    return weights / weights.sum()
+    return _scaled(weights)
 
 
 def read_counts(path: Path) -> Floats:
@@ -38,7 +38,12 @@ def read_counts(path: Path) -> Floats:
     shares = np.sort(np.array(counts, dtype=float))[::-1]
     if not shares.sum():
         raise ConfigurationError(f"--popularity {path}: it counts no request")
-    return shares / shares.sum()
+    return _scaled(shares)
+
+
+def _scaled(weights: Floats) -> Floats:
+    scaled: Floats = weights / weights.sum()
+    return scaled
 
 
 def _count(row: list[str]) -> float | None:

@@ -15,8 +15,8 @@ def show(found: Plan, load: Load, fleet: Fleet, console: Console) -> None:
     console.print(
         f"[bold]{found.gpus} GPU{'s' if found.gpus > 1 else ''}[/], a worker each, {found.partitions} partitions, "
         f"{fleet.shards} an adapter. "
-        f"The busiest worker has {found.rate:.1f} requests/s ({found.imbalance:.2f} × the mean), "
-        f"{found.rate / found.most_rate:.0%} of the {found.most_rate:.1f} that it could take.",
+        f"The busiest worker has {_number(found.rate)} requests/s ({found.imbalance:.2f} × the mean), "
+        f"{found.rate / found.most_rate:.0%} of the {_number(found.most_rate)} that it could take.",
         highlight=False,
         soft_wrap=True,
     )
@@ -32,7 +32,12 @@ def show(found: Plan, load: Load, fleet: Fleet, console: Console) -> None:
         f"Steps: {batch.sequences:.1f} sequences and {batch.adapters:.1f} adapters at once. To the first token "
         f"{first.p50:.0f} ms (p50), {first.p99:.0f} ms (p99); between tokens {batch.step_ms:.1f} ms, "
         f"{batch.step_p99_ms:.1f} ms (p99); {first.mean / 1e3 + batch.step_ms * (load.requests.new - 1) / 1e3:.2f} s "
-        f"for {load.requests.new} tokens. Kafka comes to it.",
+        f"for {load.requests.new} tokens. Kafka comes to it. Disk and store "
+        f"are at {found.loads[0]:.0%} and {found.loads[1]:.0%} of what they can give.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"

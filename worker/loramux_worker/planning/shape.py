@@ -92,11 +92,12 @@ class ModelShape:
         return ELEMENT_BYTES * self.layers * sum(i + o for i, o in self.linears)
 
 
-_LLAMA_8B: dict[str, int] = {"layers": 32, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
-_TINY_1B: dict[str, int] = {"layers": 22, "hidden": 2048, "intermediate": 5632, "heads": 32, "kv_heads": 4}
+_LLAMA_8B = ModelShape(
+    name="8b", layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256
+)
+_TINYLLAMA = ModelShape(
+    name="1b", layers=22, hidden=2048, intermediate=5632, heads=32, kv_heads=4, head_dim=64, vocabulary=32000
+)
 
-KNOWN = {
-    "8b": ModelShape(name="8b", **_LLAMA_8B, head_dim=128, vocabulary=128256),
-    "1b": ModelShape(name="1b", **_TINY_1B, head_dim=64, vocabulary=32000),
-}
+KNOWN = {shape.name: shape for shape in (_LLAMA_8B, _TINYLLAMA)}
 """Shapes that were measured: Llama 3.1 8B, TinyLlama 1.1B."""

@@ -65,7 +65,7 @@ class Plan:
 
 
 def plan(load: Load, fleet: Fleet, gpus: int | None = None) -> Plan:
-    """The plan for `gpus`, or else for the fewest that do.
+    """The plan for `gpus`, or else for the fewest that do, found by halving.
 
     Raises ConfigurationError where no number does, saying what stands in the way.
     """
@@ -74,14 +74,21 @@ def plan(load: Load, fleet: Fleet, gpus: int | None = None) -> Plan:
         if isinstance(found, str):
             raise ConfigurationError(f"--gpus {gpus}: {found}")
         return found
-    number, reason = 1, ""
-    while number <= _MOST_GPUS:
-        found = _try(load, fleet, number)
-        if isinstance(found, Plan):
-            return found
-        reason = found
-        number = max(number + 1, int(number * 1.05))
-    raise ConfigurationError(f"no number of GPUs up to {_MOST_GPUS} does: {reason}")
+    too_few, enough = 0, 1
+    found = _try(load, fleet, enough)
+    while isinstance(found, str):
+        if enough == _MOST_GPUS:
+            raise ConfigurationError(f"no number of GPUs up to {_MOST_GPUS} does: {found}")
+        too_few, enough = enough, min(2 * enough, _MOST_GPUS)
+        found = _try(load, fleet, enough)
+    while enough - too_few > 1:  # as chance places adapters, a few GPUs less may do where a few more do not
+        middle = (too_few + enough) // 2
+        at = _try(load, fleet, middle)
+        if isinstance(at, Plan):
+            enough, found = middle, at
+        else:
+            too_few = middle
+    return found
 
 
 def _try(load: Load, fleet: Fleet, gpus: int) -> Plan | str:
