@@ -3,7 +3,7 @@
     PYTHONPATH=tests python tests/benchmarks/bench_fairness.py [--flood 5000] [--seconds 30] [--device cpu]
 
 The demo model and copies of its adapters. The flood comes at once from a plain producer that takes the adapter as key,
-so all of it stands in one partition; each light adapter asks once a second, as a stream, for `--seconds` without the
+so all of it stands in one partition; each light adapter asks at its rate, as a stream, for `--seconds` without the
 flood and then for as long as the flood takes. A time to the first token is the client's: from asking to the first
 delta, Kafka there and back. Throughput is all tokens, of prompts and answers, while the flood lasts.
 
@@ -35,8 +35,7 @@ from benchmarks.machine import describe_machine
 from loramux_producer import Client
 from loramux_schemas import Request
 from services.kafka import KafkaCluster
-from services.serving import client_of, new_topics
-from services.worker import WorkerProcess
+from services.worker import WorkerProcess, worker_topics
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 FIRST_COME = Path(__file__).resolve().parent / "first_come"
@@ -50,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flood", type=int, default=5000, help="requests of the adapter that floods (default 5000)")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure without it (default 30)")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second of each light one (default 1)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate a request (default 16)")
     parser.add_argument("--partitions", type=int, default=4, help="of the requests topic (default 4)")
     parser.add_argument("--batch", type=int, default=64, help="--max-batch-sequences of the worker (default 64)")
@@ -77,7 +77,9 @@ def worker_with(
     policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace
 ) -> Iterator[tuple[WorkerProcess, dict[str, str]]]:
     """A worker on topics of its own, which are returned too."""
-    topics = new_topics(kafka, options.partitions)
+    topics = worker_topics(
+        lambda name, count: new_topic(kafka, f"{name}-{policy.split()[0]}", count), options.partitions
+    )
     flags = {
         "adapter_uri": f"file://{adapters}/{{adapter_id}}",
         "group_id": topics["requests_topic"],
@@ -95,15 +97,24 @@ def worker_with(
         yield worker, topics
 
 
+def new_topic(kafka: KafkaCluster, name: str, partitions: int) -> str:
+    """A topic of that name."""
+    kafka.create_topic(name, partitions)
+    return name
+
+
 async def measure(policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Times to the first token of the light ones without and with the flood, and the throughput."""
     say(f"{policy}: starting a worker")
     with worker_with(policy, kafka, adapters, options) as (worker, topics):
-        async with client_of(kafka, topics, timeout=900) as client:
+        own = {name: topic for name, topic in topics.items() if name != "dead_letter_topic"}
+        async with Client(kafka.bootstrap_servers, timeout=900, **own) as client:
             for name in (HEAVY, *LIGHT):
                 await first_token(client, name, options)
             say(f"{policy}: {options.seconds:g} s without the flood")
             before = await light_load(client, options, asyncio.create_task(asyncio.sleep(options.seconds)))
+            if statistics.median(before) > 1.0:  # then the light ones alone keep it busy, and rightly before the flood
+                raise SystemExit("the light requests alone are more than the worker can do now: a lower --rate")
             say(f"{policy}: {options.flood} requests of one adapter")
             flood = asyncio.create_task(flooding(kafka, worker, topics["requests_topic"], options))
             during = await light_load(client, options, flood)
@@ -111,11 +122,11 @@ async def measure(policy: str, kafka: KafkaCluster, adapters: Path, options: arg
 
 
 async def light_load(client: Client, options: argparse.Namespace, until: asyncio.Task[Any]) -> list[float]:
-    """One request a second of each light adapter until the task is done; seconds to the first token of each."""
+    """Requests of each light adapter at its rate until the task is done; seconds to the first token of each."""
     asks = []
     began = time.perf_counter()
     for number in itertools.count():
-        due = began + number / len(LIGHT)
+        due = began + number / (options.rate * len(LIGHT))
         await asyncio.wait([until], timeout=max(0.0, due - time.perf_counter()))
         if until.done():
             break
