@@ -35,6 +35,7 @@ from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.logs import configure_logs
 from loramux_worker.look_ahead import Window
+from loramux_worker.stopwatch import Stopwatch
 from services.kafka import KafkaCluster
 
 MODES = ("at_least_once", "exactly_once")
@@ -56,7 +57,7 @@ async def _serve(mode: str, servers: str, requests: str, replies: str, ready: Ev
     commits = exactly_once or PlainCommits(connection, **group)
     intake = Intake(connection, **group, commits=commits, on_lost=lambda lost: None)
 
-    async def answer(record: Record) -> tuple[OutgoingRecord, ...]:
+    async def answer(record: Record, watch: Stopwatch) -> tuple[OutgoingRecord, ...]:
         return (OutgoingRecord(replies, record.key, (record.value or b"") + BODY.encode()),)
 
     delivery = exactly_once or AtLeastOnce(publisher, intake)
@@ -84,7 +85,10 @@ async def measure(servers: str, requests: str, replies: str, rate: float, count:
             await reader.position(name)
         asking = asyncio.create_task(_ask(producer, requests, rate, count))
         began, latencies = time.perf_counter(), []
+        limit = time.perf_counter() + 60 + count / rate
         while len(latencies) < count:
+            if time.perf_counter() > limit:
+                raise SystemExit(f"only {len(latencies)} of {count} replies came")
             for messages in (await reader.getmany(timeout_ms=1000)).values():
                 now = time.perf_counter()
                 latencies += [now - float(message.value[: -len(BODY)]) for message in messages]
