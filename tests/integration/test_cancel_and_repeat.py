@@ -37,10 +37,11 @@ def web(model: TinyModel) -> Iterator[WebServer]:
     """The adapter under three names: one that is there, one that never arrives, one that is forbidden for now."""
     (adapter_id,) = model.adapter_ids
     with serving(WebServer()) as server:
-        for name in ("quick", "stuck", "forbidden"):
+        for name in ("quick", "stuck", "stuck-too", "forbidden"):
             for file in (model.adapters / adapter_id).iterdir():
                 server.files[f"/{name}/{file.name}"] = file.read_bytes()
         server.stalls["/stuck/adapter_model.safetensors"] = 1000
+        server.stalls["/stuck-too/adapter_model.safetensors"] = 1000
         server.denied.add("/forbidden/adapter_config.json")
         yield server
 
@@ -78,13 +79,20 @@ async def test_a_request_is_cancelled_in_every_state(served: Serving) -> None:
     async with served.client() as client, served.client() as other, reading(served, "replies_topic") as replies:
         stream = client.stream("streaming", **LONG)
         deltas = [await anext(stream)]
-        taken = [await client.submit("x", adapter_id=name, **LONG) for name in ("stuck", "stuck", "quick")]
+        behind = await client.submit("x", adapter_id="quick", **LONG)
+        ids = [stream.request.request_id, client_id(client, behind)]
+        await asyncio.gather(*map(client.cancel, ids))
+        with pytest.raises(ReplyFailed) as failed:
+            deltas += [delta async for delta in stream]
+        assert len(deltas) < LONG["max_new_tokens"], "it was cut short"
+
+        # every seat is held by a request whose adapter never comes
+        taken = [await client.submit("x", adapter_id=name) for name in ("stuck", "stuck", "stuck-too", "stuck-too")]
         parked = await client.submit("never begun before it was cancelled")
         await metric_is(served, "loramux_requests_parked", 1)
         unread = await client.submit("never read before it was cancelled")
         waiting = [*taken, parked, unread]
-        ids = [stream.request.request_id, *(client_id(client, future) for future in waiting)]
-
+        ids += [client_id(client, future) for future in waiting]
         await other.cancel(ids[-1])  # by a client that never asked it
         assert not unread.done()
         await client.cancel(ids[-2])
@@ -92,16 +100,13 @@ async def test_a_request_is_cancelled_in_every_state(served: Serving) -> None:
         assert not waits_for_a_seat
         assert not any(future.done() for future in taken)
         await asyncio.gather(*map(client.cancel, ids[:-2]))
-        with pytest.raises(ReplyFailed) as failed:
-            deltas += [delta async for delta in stream]
-        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        outcomes = await asyncio.gather(behind, *waiting, return_exceptions=True)
         errors = [failed.value, *outcomes]
-        assert [error.code for error in errors] == [ErrorCode.CANCELLED] * 6
-        assert len(deltas) < LONG["max_new_tokens"], "it was cut short"
+        assert [error.code for error in errors] == [ErrorCode.CANCELLED] * 8
         after = [await client.generate("after", max_new_tokens=4) for _ in range(LOOK_AHEAD)]
         assert all(reply.status == "ok" for reply in after)
-        counts = Counter(reply.request_id for reply in await parsed(replies, 6 + LOOK_AHEAD))
-    assert [counts[request_id] for request_id in ids] == [1] * 6
+        counts = Counter(reply.request_id for reply in await parsed(replies, 8 + LOOK_AHEAD))
+    assert [counts[request_id] for request_id in ids] == [1] * 8
 
     async with served.client() as client:
         answered = await client.generate("answered", max_new_tokens=2)
