@@ -73,3 +73,5 @@ def test_settings_name_their_secrets(tmp_path) -> None:
         otlp_endpoint="http://me:of-traces@host:4318",
     )
     assert set(settings.secrets) == {"in-the-uri", "of-kafka", "of-traces"}
+    by_token = WorkerSettings(model=str(tmp_path), sasl_oauthbearer_client_secret="of-the-token-endpoint")
+    assert by_token.secrets == ("of-the-token-endpoint",)

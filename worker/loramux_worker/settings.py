@@ -236,10 +236,11 @@ class WorkerSettings(BaseSettings):
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What no log may show: the password of Kafka, and those in addresses."""
-        password = () if self.sasl_password is None else (self.sasl_password.get_secret_value(),)
+        """What no log may show: settings that are secret, and the passwords in addresses."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        secret = (value.get_secret_value() for value in values if isinstance(value, SecretStr))
         addresses = (urlsplit(address) for address in (self.adapter_uri, self.otlp_endpoint) if address)
-        return (*password, *(parts.password for parts in addresses if parts.password))
+        return (*secret, *(parts.password for parts in addresses if parts.password))
 
     @property
     def connection(self) -> KafkaConnection:
