@@ -6,6 +6,7 @@ what finds no room or is being loaded; they differ only in whose turn it is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -47,7 +48,7 @@ def ours(config: SchedulerConfig, blocks: BlockPool, tiers: AdapterTiers, **knob
     return Scheduler(replace(config, **knobs), blocks, tiers)  # type: ignore[arg-type]
 
 
-class Rival:
+class Rival(ABC):
     """Continuous batching whose `order` says which lanes to try, the first first."""
 
     def __init__(self, config: SchedulerConfig, blocks: BlockPool, tiers: AdapterTiers) -> None:
@@ -67,11 +68,11 @@ class Rival:
     def num_waiting(self) -> int:
         return self._num_waiting
 
+    @abstractmethod
     def order(self) -> Iterable[Lane]:
         """Lanes to look at in this step; one that gets a sequence in is asked for again if it is yielded again."""
-        raise NotImplementedError
 
-    def admitted(self, lane: Lane) -> None:
+    def admitted(self, lane: Lane) -> None:  # noqa: B027 - not every policy counts
         """A sequence of the lane was taken."""
 
     def add(self, sequence: Sequence) -> None:
@@ -84,7 +85,7 @@ class Rival:
         self._num_waiting += 1
         self._tiers.rank(key)
 
-    def adapter_loaded(self, key: AdapterKey) -> None:
+    def adapter_loaded(self, key: AdapterKey) -> None:  # noqa: B027 - a lane without its adapter is looked at anyway
         pass
 
     def schedule(self, now: float) -> Step:

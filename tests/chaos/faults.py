@@ -10,6 +10,8 @@ import os
 import random
 import signal
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from chaos.scene import SESSION_TIMEOUT, Scene, Worker, random_victim
@@ -18,14 +20,14 @@ from services.process import ServerFailed
 DRAIN_SECONDS = 40.0
 
 
-class Fault:
+class Fault(ABC):
     """One kind of fault. `strike` returns a word or two about what it did."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def strike(self, scene: Scene, generator: random.Random) -> str:
         """Do it, and undo what can be undone."""
-        raise NotImplementedError
 
     def impossible(self, scene: Scene) -> str | None:
         """Why this fault cannot be caused here, if it cannot."""
@@ -73,11 +75,7 @@ class StopBroker(Fault):
     name = "restart broker"
 
     def strike(self, scene: Scene, generator: random.Random) -> str:
-        number = generator.randrange(len(scene.kafka.ports))
-        scene.kafka.stop_broker(number)
-        time.sleep(generator.uniform(0, 3))
-        scene.kafka.start_broker(number)
-        return f"broker {number}"
+        return away(scene, generator, scene.kafka.stop_broker)
 
 
 class KillBroker(Fault):
@@ -86,11 +84,7 @@ class KillBroker(Fault):
     name = "kill -9 broker"
 
     def strike(self, scene: Scene, generator: random.Random) -> str:
-        number = generator.randrange(len(scene.kafka.ports))
-        scene.kafka.kill_broker(number)
-        time.sleep(generator.uniform(0, 3))
-        scene.kafka.start_broker(number)
-        return f"broker {number}"
+        return away(scene, generator, scene.kafka.kill_broker)
 
 
 class Zombie(Fault):
@@ -173,6 +167,15 @@ class ScaleOut(Fault):
         scene.wait_until(newcomer.is_ready, 90, "the new worker is ready")
         time.sleep(generator.uniform(1, 3))
         return leave(scene, newcomer)
+
+
+def away(scene: Scene, generator: random.Random, end: Callable[[int], None]) -> str:
+    """Some broker ends, stays away for some seconds, and comes back."""
+    number = generator.randrange(len(scene.kafka.ports))
+    end(number)
+    time.sleep(generator.uniform(0, 3))
+    scene.kafka.start_broker(number)
+    return f"broker {number}"
 
 
 def leave(scene: Scene, worker: Worker) -> str:
