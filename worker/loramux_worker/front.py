@@ -158,12 +158,11 @@ class Front:
         replaced: list[OutgoingRecord],
     ) -> tuple[OutgoingRecord, ...]:
         """The answers with another in place of the refused one, or none where that was one already."""
-        others = tuple(answer for answer in answers if answer is not refused.record)
         if any(refused.record is each for each in replaced):
             log.error("answer_impossible", topic=refused.record.topic, reason=refused.reason)
-            return others
+            return tuple(answer for answer in answers if answer is not refused.record)
         replaced.append(self._in_place(record, refused.record, str(refused)))
-        return (*others, replaced[-1])
+        return tuple(replaced[-1] if answer is refused.record else answer for answer in answers)
 
     def _fitting(self, record: Record, answer: OutgoingRecord) -> OutgoingRecord:
         if self._publisher.fits(answer):

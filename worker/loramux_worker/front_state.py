@@ -5,29 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import PurePath
-from typing import Protocol
 
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from loramux_worker.front import Front
 from loramux_worker.pool import EnginePool
-
-
-class FrontState(Protocol):
-    """What a front says of itself."""
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that are worked on: begun and not answered yet."""
-
-    @property
-    def parked(self) -> int:
-        """Requests that were taken and wait until their adapter has room."""
-
-    @property
-    def draining_seconds(self) -> float:
-        """Seconds since the drain began, 0 before it."""
 
 
 class FrontCollector(Collector):
@@ -38,7 +22,7 @@ class FrontCollector(Collector):
         name: str,
         model: str,
         pool: EnginePool,
-        front: FrontState,
+        front: Front,
         *,
         is_ready: Callable[[], bool],
         drain_timeout: float,

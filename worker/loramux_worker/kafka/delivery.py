@@ -17,8 +17,8 @@ class Delivery(Protocol):
         """Sends the answers to `record`; returns when they are safe and the record is done.
 
         Does nothing for a record whose partition went to another worker, which answers it. Raises
-        RecordRefused for an answer that the cluster does not take: the record is not done, and wants another
-        answer.
+        RecordRefused for an answer that the cluster does not take: the record is not done, and wants other
+        answers, all of them.
         """
 
 
@@ -33,5 +33,6 @@ class AtLeastOnce:
         """Sends, waits for every acknowledgement, then marks the record as done."""
         if not self._intake.holds(record):
             return
-        await self._publisher.send(outgoing)
+        for answer in outgoing:  # one after the other: behind a refused dead letter no reply has gone out yet
+            await self._publisher.send([answer])
         self._intake.done(record)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
@@ -22,7 +24,6 @@ MAX_ANSWERS: Final = 1000  # of one transaction
 MAX_BYTES: Final = 2 << 20  # of one transaction, beside one answer at least
 MAX_HALVINGS: Final = 16
 PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions
-TRANSACTION_SECONDS: Final = 30.0
 # Another producer of our id, and the group has not said yet that the partition went to it: it will. If it does
 # not, the partition is ours, and what fenced us was a transaction that took too long.
 FENCED_SECONDS: Final = 3.0
@@ -144,14 +145,12 @@ class Outbox:
         partition.unconfirmed.add(commit)
         self._in_doubt = answers, commit
         try:
-            async with asyncio.timeout(TRANSACTION_SECONDS):
-                await self._transact([record for each in answers.values() for record in each.records], commit)
-        except (TransactionFailed, TimeoutError) as error:
+            await self._transact([record for each in answers.values() for record in each.records], commit)
+        except TransactionFailed as failed:
             self._failures += 1
-            fenced = isinstance(error, TransactionFailed) and error.fenced
-            if isinstance(error, TransactionFailed) and error.refused is not None:
-                self._refuse(answers, error.refused)
-            self._assignment.reopen(partition, FENCED_SECONDS if fenced else 0.0)
+            if (refused := failed.refused) is not None:
+                self._refuse(answers, partial(operator.is_, refused.record), refused.reason)
+            self._assignment.reopen(partition, FENCED_SECONDS if failed.fenced else 0.0)
         else:
             self._failures = 0
             self._in_doubt = None
@@ -172,20 +171,12 @@ class Outbox:
 
     async def _check_places(self) -> None:
         """Refuses what waits for a place that has gone."""
-        places = {
-            (record.topic, record.partition): record for each in self._waiting.values() for record in each.records
-        }
+        places = {_place(record): record for each in self._waiting.values() for record in each.records}
         for place, record in places.items():
             try:
                 await self._check(record)
             except RecordRefused as refused:
-                for answer in [
-                    a for a in self._waiting.values() if any((r.topic, r.partition) == place for r in a.records)
-                ]:
-                    lost = next(r for r in answer.records if (r.topic, r.partition) == place)
-                    del self._waiting[answer.offset]
-                    if not answer.safe.done():
-                        answer.safe.set_exception(RecordRefused(lost, refused.reason))
+                self._refuse(self._waiting, partial(_is_at, place), refused.reason)
 
     def _settle(self, answers: dict[int, Answer]) -> None:
         for offset, answer in answers.items():
@@ -193,14 +184,24 @@ class Outbox:
             if not answer.safe.done():
                 answer.safe.set_result(None)
 
-    def _refuse(self, answers: dict[int, Answer], refused: RecordRefused) -> None:
+    def _refuse(self, answers: dict[int, Answer], is_refused: Callable[[OutgoingRecord], bool], reason: str) -> None:
+        """Takes those with a record that is refused out of `answers`, and says so to who waits for them."""
         for offset, answer in list(answers.items()):
-            if any(record is refused.record for record in answer.records):
+            record = next(filter(is_refused, answer.records), None)
+            if record is not None:
                 del answers[offset]
                 if not answer.safe.done():
-                    answer.safe.set_exception(refused)
+                    answer.safe.set_exception(RecordRefused(record, reason))
 
     def _end_rounds(self, rounds: list[asyncio.Future[None]] | None = None) -> None:
         for each in self._rounds if rounds is None else rounds:
             if not each.done():
                 each.set_result(None)
+
+
+def _place(record: OutgoingRecord) -> tuple[str, int | None]:
+    return record.topic, record.partition
+
+
+def _is_at(place: tuple[str, int | None], record: OutgoingRecord) -> bool:
+    return _place(record) == place

@@ -45,6 +45,7 @@ APPLICATION: Final = "loramux"
 # How long the transaction of a worker that died keeps readers from what was written after it, where no other
 # worker takes its partition over.
 TIMEOUT_MS: Final = 10_000
+SECONDS: Final = 30.0  # after which a transaction is given up
 DESCRIBE_TRANSACTIONS: Final = 65  # the key of a request that brokers with real transactions know (Kafka 3.0)
 
 
@@ -96,10 +97,11 @@ class TransactionalProducer:
         Raises TransactionFailed.
         """
         try:
-            await self._producer.begin_transaction()
-            await self._send(records)
-            await self._producer.send_offsets_to_transaction({name: tuple(at)}, group_id)
-            await self._producer.commit_transaction()
+            async with asyncio.timeout(SECONDS):
+                await self._producer.begin_transaction()
+                await self._send(records)
+                await self._producer.send_offsets_to_transaction({name: tuple(at)}, group_id)
+                await self._producer.commit_transaction()
         except Exception as error:
             raise self._failure(records, error) from error
 
