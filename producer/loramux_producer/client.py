@@ -9,8 +9,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from aiokafka.structs import ConsumerRecord
-
 from loramux_producer.canceller import Canceller
 from loramux_producer.connection import DEFAULT_SERVERS, connecting, kafka_connection
 from loramux_producer.errors import ClientClosed, ClientError
@@ -281,18 +279,17 @@ class Client:
                 self._deltas = deltas
 
     def _tail(self, topic: str, take: Callable[[Sequence[tuple[str, bytes]], bytes | None], None]) -> TopicTail:
-        def on_record(record: ConsumerRecord[bytes, bytes]) -> None:
-            take(record.headers, record.value)
-
-        on_failure = partial(self._reader_failed, topic)
-        return TopicTail(topic, self._options, on_record=on_record, on_failure=on_failure)
+        return TopicTail(
+            topic,
+            self._options,
+            on_record=lambda record: take(record.headers, record.value),
+            on_failure=partial(self._reader_failed, topic),
+        )
 
     def _reader_failed(self, topic: str, cause: BaseException) -> None:
         self._failure = topic, cause
-        self._pending.fail_all(
-            lambda request_id: ClientError(f"request {request_id}: reading topic {topic} ended: {cause!r}"),
-            cause,
-        )
+        reason = f"reading topic {topic} ended: {cause!r}"
+        self._pending.fail_all(lambda request_id: ClientError(f"request {request_id}: {reason}"), cause)
 
     def _require_usable(self) -> None:
         if self._closed:

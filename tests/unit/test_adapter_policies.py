@@ -12,7 +12,7 @@ from loramux_worker.engine.config import EngineConfig
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.policy_file import read_policies
 from loramux_worker.scheduler import AdapterPolicy, Policies, SchedulerConfig
-from loramux_worker.settings import load_settings
+from loramux_worker.settings_sources import load_settings
 from unit.scheduler_support import FakeEngine
 
 FILE = """

@@ -9,7 +9,7 @@ import pytest
 
 from loramux_worker import cli
 from loramux_worker.errors import ConfigurationError
-from loramux_worker.settings import load_settings
+from loramux_worker.settings_sources import load_settings
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

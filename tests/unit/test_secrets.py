@@ -14,7 +14,8 @@ import pytest
 
 from loramux_worker.adapters.source import misconfigured
 from loramux_worker.errors import ConfigurationError
-from loramux_worker.settings import WorkerSettings, load_settings
+from loramux_worker.settings import WorkerSettings
+from loramux_worker.settings_sources import load_settings
 
 SECRET = "h7nter2canary"
 

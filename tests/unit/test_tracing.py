@@ -12,7 +12,7 @@ from loramux_schemas import ErrorCode, Reply
 from loramux_worker.engine.protocol import AdapterMoved, AdapterReference, SequenceTiming
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka.records import OutgoingRecord, Record
-from loramux_worker.settings import load_settings
+from loramux_worker.settings_sources import load_settings
 from loramux_worker.stopwatch import Stopwatch
 from loramux_worker.tracing import Tracing
 from services.otlp import OtlpReceiver, ReceivedSpan

@@ -40,7 +40,7 @@ def worker_settings(**given: object) -> WorkerSettings:
 
     Raises ConfigurationError.
     """
-    from loramux_worker.settings import load_settings
+    from loramux_worker.settings_sources import load_settings
 
     return load_settings([f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None])
 
