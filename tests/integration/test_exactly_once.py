@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from loramux_schemas import KafkaConnection
+from intake_rig import Worker, connection
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka import outbox
 from loramux_worker.kafka.embedded import EmbeddedBroker
 from loramux_worker.kafka.exactly_once import ExactlyOnce
-from loramux_worker.kafka.intake import Intake
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
@@ -32,39 +31,21 @@ pytestmark = pytest.mark.kafka
 SECONDS = 30.0
 
 
-class Member:
+class Member(Worker):
     """One worker's Kafka side; it answers what it is told to."""
 
     def __init__(self, kafka: KafkaCluster, requests: str, replies: str) -> None:
-        connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
         self.replies = replies
-        self.publisher = Publisher(connection, topics=[replies])
-        self.delivery = ExactlyOnce(connection, topic=requests, group_id=requests, publisher=self.publisher)
-        self.lost: set[tuple[int, int]] = set()
-        self.intake = Intake(
-            connection,
-            topic=requests,
-            group_id=requests,
-            commits=self.delivery,
-            on_lost=self._lose,
-            commit_interval=0.1,
-            session_timeout=6.0,
-        )
+        self.publisher = Publisher(connection(kafka), topics=[replies])
+        self.delivery = ExactlyOnce(connection(kafka), topic=requests, group_id=requests, publisher=self.publisher)
         self.answering: dict[asyncio.Task[None], Record] = {}
+        super().__init__(kafka, requests, self.delivery, session_timeout=6.0)
 
-    def _lose(self, lost: Iterable[tuple[int, int]]) -> None:
-        self.lost.update(lost)
+    def lose(self, lost: Collection[tuple[int, int]]) -> None:
+        super().lose(lost)
         for task, record in self.answering.items():
-            if (record.partition, record.epoch) in self.lost:
+            if (record.partition, record.epoch) in lost:
                 task.cancel()
-
-    async def take(self, count: int) -> list[Record]:
-        """Exactly `count` records."""
-        records: list[Record] = []
-        async with asyncio.timeout(SECONDS):
-            while len(records) < count:
-                records += await self.intake.take(count - len(records), 1.0)
-        return records
 
     def answer(self, record: Record, value: bytes | None = None, topic: str | None = None) -> asyncio.Task[None]:
         """Begins to answer with what was asked."""
@@ -74,10 +55,8 @@ class Member:
         return task
 
     async def until_idle(self) -> None:
-        """Until lag is 0."""
-        async with asyncio.timeout(SECONDS):
-            while not self.intake.assigned or any(self.intake.lag().values()):
-                assert await self.intake.take(1, 0.05) == []  # what was answered before is still to be passed
+        """Until lag is 0; what was answered before is still to be passed."""
+        await self.until(lambda: bool(self.intake.assigned) and not any(self.intake.lag().values()))
 
 
 @asynccontextmanager
@@ -113,14 +92,18 @@ async def answers(kafka: KafkaCluster, topic: str) -> Counter[int]:
         return found
 
 
-async def answered(kafka: KafkaCluster, topic: str, expected: Counter[int]) -> bool:
-    return await answers(kafka, topic) == expected
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def each_answered_once(kafka: KafkaCluster, topic: str, values: Iterable[int]) -> None:
+    """A commit is seen a moment after it is acknowledged: looks until just these values are there, once each."""
     async with asyncio.timeout(SECONDS):
-        while not await condition():  # noqa: ASYNC110 - the broker tells nobody
+        while await answers(kafka, topic) != Counter(values):  # noqa: ASYNC110 - the broker tells nobody
             await asyncio.sleep(0.05)
+
+
+async def heir_of(kafka: KafkaCluster, topic: str) -> TransactionalProducer:
+    """Who claims partition 0 from the group's member."""
+    heir = TransactionalProducer(connection(kafka), transactional_id(topic, topic, 0))
+    await heir.start()
+    return heir
 
 
 @pytest.fixture
@@ -135,8 +118,7 @@ async def test_answers_and_offsets_come_together(kafka: KafkaCluster, topics: tu
         records = await first.take(60)
         odd = [record for record in records if int(record.value or b"") % 2]
         await asyncio.gather(*map(first.answer, reversed(odd)))
-        # a commit is seen a moment after it is acknowledged
-        await until(lambda: answered(kafka, replies, Counter(range(1, 60, 2))))
+        await each_answered_once(kafka, replies, range(1, 60, 2))
         assert not await first.intake.take(10, 0.2)
     async with joined(Member(kafka, requests, replies)) as second:
         again = await second.take(30)
@@ -144,7 +126,7 @@ async def test_answers_and_offsets_come_together(kafka: KafkaCluster, topics: tu
         await asyncio.gather(*map(second.answer, again))
         await second.until_idle()
         assert second.delivery.transactions["committed"] >= 1
-    assert await answers(kafka, replies) == Counter(range(60))
+    await each_answered_once(kafka, replies, range(60))
 
 
 async def test_whoever_claims_a_partition_fences_its_former_owner(
@@ -153,21 +135,19 @@ async def test_whoever_claims_a_partition_fences_its_former_owner(
     requests, replies = topics
     monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
     await ask(kafka, requests, range(4), partition=0)
-    connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
     async with joined(Member(kafka, requests, replies)) as zombie:
         records = await zombie.take(4)
         await zombie.answer(records[0])
-        heir = TransactionalProducer(connection, transactional_id(requests, requests, 0))
-        await heir.start()
+        heir = await heir_of(kafka, requests)
         late = zombie.answer(records[1])
         await asyncio.sleep(0.3)
         assert not late.done()
         assert zombie.delivery.transactions["fenced"] == 1
-        assert await answers(kafka, replies) == Counter([0])
+        await each_answered_once(kafka, replies, [0])
         # The group never gave the partition away: it is claimed back, and what waited is answered.
         await asyncio.wait_for(asyncio.gather(late, *map(zombie.answer, records[2:])), SECONDS)
         await heir.close()
-    assert await answers(kafka, replies) == Counter(range(4))
+    await each_answered_once(kafka, replies, range(4))
 
 
 async def test_answers_of_the_heir_are_not_given_again(
@@ -177,11 +157,9 @@ async def test_answers_of_the_heir_are_not_given_again(
     requests, replies = topics
     monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
     await ask(kafka, requests, range(3), partition=0)
-    connection = KafkaConnection(bootstrap_servers=kafka.bootstrap_servers)
     async with joined(Member(kafka, requests, replies)) as zombie:
         records = await zombie.take(3)
-        heir = TransactionalProducer(connection, transactional_id(requests, requests, 0))
-        await heir.start()
+        heir = await heir_of(kafka, requests)
         reply = OutgoingRecord(replies, b"0", b"0")
         name = TopicPartition(requests, 0)
         await heir.commit([reply], name, outbox.Commit(records[0].offset + 1, ""), requests)
@@ -194,7 +172,7 @@ async def test_answers_of_the_heir_are_not_given_again(
         assert [record.value for record in again] == [b"1", b"2"]
         assert zombie.intake.trouble is None, "ready again, though it has committed nothing since"
         await asyncio.gather(*map(zombie.answer, again))
-    assert await answers(kafka, replies) == Counter(range(3))
+    await each_answered_once(kafka, replies, range(3))
 
 
 @pytest.mark.parametrize("happened", [True, False])
@@ -222,7 +200,7 @@ async def test_a_transaction_in_doubt_is_settled_by_what_is_committed(
         assert member.delivery.transactions["failed"] == 1
         assert not member.lost
         await member.until_idle()
-    assert await answers(kafka, replies) == Counter(range(5))
+    await each_answered_once(kafka, replies, range(5))
 
 
 async def test_an_answer_that_the_broker_refuses_harms_no_other(kafka: KafkaCluster, kafka_topics) -> None:
@@ -240,7 +218,7 @@ async def test_an_answer_that_the_broker_refuses_harms_no_other(kafka: KafkaClus
         assert isinstance(results[9], RecordRefused)
         await asyncio.gather(*map(member.answer, records[:2]))
         await member.until_idle()
-    assert await answers(kafka, replies) == Counter(range(10))
+    await each_answered_once(kafka, replies, range(10))
 
 
 async def test_partitions_move_under_load(kafka: KafkaCluster, topics: tuple[str, str]) -> None:
@@ -269,11 +247,11 @@ async def test_partitions_move_under_load(kafka: KafkaCluster, topics: tuple[str
             await helping
         await asyncio.sleep(0.2)
         await ask(kafka, requests, range(asked, asked + 100))
-        await until(lambda: answered(kafka, replies, Counter(range(asked + 100))))
+        await each_answered_once(kafka, replies, range(asked + 100))
         done.set()
         await working
         await first.until_idle()
-    assert await answers(kafka, replies) == Counter(range(asked + 100))
+    await each_answered_once(kafka, replies, range(asked + 100))
 
 
 async def test_a_broker_that_comes_back_finds_the_answers_waiting() -> None:
@@ -294,14 +272,11 @@ async def test_a_broker_that_comes_back_finds_the_answers_waiting() -> None:
                     waiting += [member.answer(record) for record in await member.intake.take(20, 0.1)]
                     waiting = [task for task in waiting if not task.cancelled()]
             await member.until_idle()
-        assert await answers(kafka, "replies") == Counter(range(20))
+        await each_answered_once(kafka, "replies", range(20))
 
 
 async def test_a_broker_without_transactions_is_refused(kafka: KafkaCluster) -> None:
-    with EmbeddedBroker() as broker:
-        connection = KafkaConnection(bootstrap_servers=broker.bootstrap_servers)
-        with pytest.raises(ConfigurationError, match=r"--delivery exactly_once: .* has no real transactions"):
-            await require_transactions(connection, topic="t", group_id="g", timeout=10.0)
-    await require_transactions(
-        KafkaConnection(bootstrap_servers=kafka.bootstrap_servers), topic="t", group_id="g", timeout=10.0
-    )
+    refusal = r"--delivery exactly_once: .* has no real transactions"
+    with EmbeddedBroker() as broker, pytest.raises(ConfigurationError, match=refusal):
+        await require_transactions(connection(broker), topic="t", group_id="g", timeout=10.0)
+    await require_transactions(connection(kafka), topic="t", group_id="g", timeout=10.0)
