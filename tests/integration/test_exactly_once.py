@@ -8,22 +8,20 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.client import AIOKafkaClient, CoordinationType
+from aiokafka.protocol.group import LeaveGroupRequest
 
-from intake_rig import Worker, connection
+from intake_rig import Worker, connection, offsets
 from loramux_worker.errors import ConfigurationError
-from loramux_worker.kafka import outbox
+from loramux_worker.kafka import outbox, transactional_producer
 from loramux_worker.kafka.embedded import EmbeddedBroker
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
-from loramux_worker.kafka.transactions import (
-    TransactionalProducer,
-    TransactionFailed,
-    require_transactions,
-    transactional_id,
-)
+from loramux_worker.kafka.transactional_producer import TransactionalProducer, TransactionFailed
+from loramux_worker.kafka.transactions import require_transactions
 from services.kafka import KafkaCluster
 
 pytestmark = pytest.mark.kafka
@@ -34,12 +32,13 @@ SECONDS = 30.0
 class Member(Worker):
     """One worker's Kafka side; it answers what it is told to."""
 
-    def __init__(self, kafka: KafkaCluster, requests: str, replies: str) -> None:
+    def __init__(self, kafka: KafkaCluster, requests: str, replies: str, *, heartbeat_seconds: float = 1.0) -> None:
         self.replies = replies
         self.publisher = Publisher(connection(kafka), topics=[replies])
         self.delivery = ExactlyOnce(connection(kafka), topic=requests, group_id=requests, publisher=self.publisher)
         self.answering: dict[asyncio.Task[None], Record] = {}
-        super().__init__(kafka, requests, self.delivery, session_timeout=6.0)
+        super().__init__(kafka, requests, self.delivery, session_timeout=6.0 * heartbeat_seconds)
+        self.intake._options["heartbeat_interval_ms"] = int(heartbeat_seconds * 1000)
 
     def lose(self, lost: Collection[tuple[int, int]]) -> None:
         super().lose(lost)
@@ -99,11 +98,14 @@ async def each_answered_once(kafka: KafkaCluster, topic: str, values: Iterable[i
             await asyncio.sleep(0.05)
 
 
-async def heir_of(kafka: KafkaCluster, topic: str) -> TransactionalProducer:
-    """Who claims partition 0 from the group's member."""
-    heir = TransactionalProducer(connection(kafka), transactional_id(topic, topic, 0))
-    await heir.start()
-    return heir
+async def dismiss(kafka: KafkaCluster, member: Member, group_id: str) -> None:
+    """The group goes on without the member, which hears of it with its next heartbeat, seconds later."""
+    client = AIOKafkaClient(bootstrap_servers=kafka.bootstrap_servers)
+    await client.bootstrap()
+    node = await client.coordinator_lookup(CoordinationType.GROUP, group_id)
+    answer = await client.send(node, LeaveGroupRequest(group_id, member.intake._assignment.member.member_id))
+    await client.close()
+    assert answer.error_code == 0
 
 
 @pytest.fixture
@@ -129,50 +131,68 @@ async def test_answers_and_offsets_come_together(kafka: KafkaCluster, topics: tu
     await each_answered_once(kafka, replies, range(60))
 
 
-async def test_whoever_claims_a_partition_fences_its_former_owner(
+async def test_a_worker_that_the_group_has_gone_on_without_commits_nothing(
     kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The zombie has answers ready; its heir commits others meanwhile."""
     requests, replies = topics
     monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
     await ask(kafka, requests, range(4), partition=0)
-    async with joined(Member(kafka, requests, replies)) as zombie:
+    async with joined(Member(kafka, requests, replies, heartbeat_seconds=4.0)) as zombie:
         records = await zombie.take(4)
         await zombie.answer(records[0])
-        heir = await heir_of(kafka, requests)
-        late = zombie.answer(records[1])
-        await asyncio.sleep(0.3)
-        assert not late.done()
-        assert zombie.delivery.transactions["fenced"] == 1
-        await each_answered_once(kafka, replies, [0])
-        # The group never gave the partition away: it is claimed back, and what waited is answered.
-        await asyncio.wait_for(asyncio.gather(late, *map(zombie.answer, records[2:])), SECONDS)
-        await heir.close()
-    await each_answered_once(kafka, replies, range(4))
-
-
-async def test_answers_of_the_heir_are_not_given_again(
-    kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The zombie had answers ready; the heir committed others meanwhile."""
-    requests, replies = topics
-    monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.5)
-    await ask(kafka, requests, range(3), partition=0)
-    async with joined(Member(kafka, requests, replies)) as zombie:
-        records = await zombie.take(3)
-        heir = await heir_of(kafka, requests)
-        reply = OutgoingRecord(replies, b"0", b"0")
-        name = TopicPartition(requests, 0)
-        await heir.commit([reply], name, outbox.Commit(records[0].offset + 1, ""), requests)
-        await heir.close()
-        late = [zombie.answer(record) for record in records]
+        await dismiss(kafka, zombie, requests)
+        async with joined(Member(kafka, requests, replies)) as heir:
+            again = await heir.take(3)
+            late = [zombie.answer(record) for record in records[1:]]
+            await zombie.until(lambda: zombie.delivery.transactions["fenced"] > 0)
+            await each_answered_once(kafka, replies, [0])
+            await asyncio.gather(*map(heir.answer, again[:2]))
         done, _ = await asyncio.wait(late, timeout=SECONDS)
         assert all(task.cancelled() for task in done)
         assert zombie.lost == {(0, records[0].epoch)}
-        again = await zombie.take(2)
-        assert [record.value for record in again] == [b"1", b"2"]
+        [last] = await zombie.take(1)
         assert zombie.intake.trouble is None, "ready again, though it has committed nothing since"
-        await asyncio.gather(*map(zombie.answer, again))
-    await each_answered_once(kafka, replies, range(3))
+        assert last.value == again[2].value
+        await zombie.answer(last)
+    await each_answered_once(kafka, replies, range(4))
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "times out"])
+async def test_a_partition_is_read_when_no_transaction_with_it_is_open(
+    kafka: KafkaCluster, topics: tuple[str, str], monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """The zombie stopped between its offsets and the end of the transaction."""
+    requests, replies = topics
+    monkeypatch.setattr(transactional_producer, "TIMEOUT_MS", 3_000)
+    real, ending = AIOKafkaProducer.commit_transaction, [asyncio.Event()]
+
+    async def commit_transaction(self: AIOKafkaProducer) -> None:
+        if ending:
+            await ending.pop().wait()
+        await real(self)
+
+    monkeypatch.setattr(AIOKafkaProducer, "commit_transaction", commit_transaction)
+    end = ending[0]
+    await ask(kafka, requests, range(4), partition=0)
+    async with joined(Member(kafka, requests, replies, heartbeat_seconds=60.0)) as zombie:
+        records = await zombie.take(4)
+        answering = list(map(zombie.answer, records[:2]))
+        await zombie.until(lambda: not ending)
+        await asyncio.sleep(0.2)
+        await dismiss(kafka, zombie, requests)
+        async with joined(Member(kafka, requests, replies)) as heir:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(heir.assigned([0]), 1.0)
+            if ends:
+                end.set()
+            left = await heir.take(2 if ends else 4)
+            assert offsets(left) == ([2, 3] if ends else [0, 1, 2, 3])
+            await asyncio.gather(*map(heir.answer, left))
+            end.set()
+            await zombie.intake.close()
+    assert [task.cancelled() for task in answering] == [not ends] * 2
+    await each_answered_once(kafka, replies, range(4))
 
 
 @pytest.mark.parametrize("happened", [True, False])

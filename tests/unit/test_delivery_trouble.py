@@ -6,7 +6,6 @@ Kafka is a stand-in here; what it does of itself is tested on a real broker in t
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -17,15 +16,15 @@ from loramux_schemas import ErrorCode, KafkaConnection, ReplyRoute, Request
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.errors import RequestFailed
 from loramux_worker.front import Front
-from loramux_worker.kafka import exactly_once, outbox
+from loramux_worker.kafka import exactly_once, outbox, transactions
 from loramux_worker.kafka.assignment import Assignment
 from loramux_worker.kafka.dead_letters import dead_letter
 from loramux_worker.kafka.exactly_once import ExactlyOnce
-from loramux_worker.kafka.group_offsets import Commit
+from loramux_worker.kafka.group_offsets import Commit, Membership, OffsetsUnstable
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
-from loramux_worker.kafka.transactions import TransactionFailed
+from loramux_worker.kafka.transactional_producer import TransactionalProducer, TransactionFailed
 from loramux_worker.look_ahead import Window
 from loramux_worker.metrics import Metrics
 from loramux_worker.replies import ReplyWriter, Topics
@@ -35,40 +34,47 @@ LARGEST = 1_048_588
 
 
 class Cluster:
-    """What the group has committed, who started a producer, and how transactions are to end."""
+    """What the group has committed, how often a producer was started, and how transactions are to end."""
 
     def __init__(self) -> None:
         self.committed = {number: Commit(5, "") for number in range(4)}
-        self.starts: Counter[int] = Counter()
+        self.claims: list[list[int]] = []
+        self.generation = 0
         self.sent: list[list[OutgoingRecord]] = []
+        self.members: list[Membership] = []
         self.failing = 0
         self.fenced = False
-        self.silent: set[int] = set()  # partitions whose coordinator does not answer
+        self.unstable: set[int] = set()  # partitions of which a transaction is open
         self.gone: set[str] = set()
         self.assigned: set[int] = set()
 
     def assign(self, assignment: Assignment, *numbers: int) -> None:
         self.assigned = set(numbers)
+        self.generation += 1
         assignment.on_partitions_assigned([TopicPartition("requests", number) for number in numbers])
 
 
 class Producer:
-    def __init__(self, cluster: Cluster, known_as: str) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.number = int(known_as.rpartition(".")[2])
 
     async def start(self) -> None:
-        self.cluster.starts[self.number] += 1
-        if self.number in self.cluster.silent:
-            await asyncio.Event().wait()
+        pass
 
-    async def commit(self, records: list[OutgoingRecord], name: TopicPartition, at: Commit, group_id: str) -> None:
+    async def commit(
+        self,
+        records: list[OutgoingRecord],
+        commits: dict[TopicPartition, Commit],
+        group_id: str,
+        member: Membership,
+    ) -> None:
+        self.cluster.members.append(member)
         await asyncio.sleep(0.02)
         self.cluster.sent.append(records)
         if self.cluster.fenced or self.cluster.failing:
             self.cluster.failing -= 1
             raise TransactionFailed("so it is to be", fenced=self.cluster.fenced)
-        self.cluster.committed[self.number] = at
+        self.cluster.committed.update({name.partition: commit for name, commit in commits.items()})
 
     async def close(self) -> None:
         pass
@@ -77,6 +83,10 @@ class Producer:
 class Consumer:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+
+    @property
+    def _coordinator(self) -> Membership:
+        return Membership(self.cluster.generation, "this worker")
 
     def seek(self, name: TopicPartition, position: int) -> None:
         if name.partition not in self.cluster.assigned:
@@ -105,9 +115,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
 
     async def committed(connection: object, group_id: str, topic: str, numbers: list[int]) -> dict[int, Commit]:
-        return {number: cluster.committed[number] for number in numbers}
+        cluster.claims.append(sorted(numbers))
+        if stable := set(numbers) - cluster.unstable:
+            return {number: cluster.committed[number] for number in stable}
+        raise OffsetsUnstable
 
-    monkeypatch.setattr(exactly_once, "TransactionalProducer", lambda _, known_as: Producer(cluster, known_as))
+    monkeypatch.setattr(transactions, "TransactionalProducer", lambda connection, known_as: Producer(cluster))
     monkeypatch.setattr(exactly_once, "committed", committed)
     monkeypatch.setattr(outbox, "FENCED_SECONDS", 0.1)
     return cluster
@@ -151,22 +164,59 @@ async def test_a_partition_that_went_to_another_worker_is_not_claimed_back(
     await assignment.on_partitions_revoked([TopicPartition("requests", 0)])
     cluster.assign(assignment)
     await asyncio.sleep(0.4)
-    assert cluster.starts == Counter({0: 1})
+    assert cluster.claims == [[0]]
     assert not assignment.outage.active
     assert answer.cancelled()
     assert assignment.open_partitions() == []
 
 
-async def test_a_partition_without_a_coordinator_keeps_no_other_closed(
-    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment], monkeypatch: pytest.MonkeyPatch
+async def test_a_partition_with_an_open_transaction_keeps_no_other_closed(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment]
 ) -> None:
-    monkeypatch.setattr(exactly_once, "FENCE_SECONDS", 0.1)
     _, assignment = delivery
-    cluster.silent = {1}
+    cluster.unstable = {1}
     cluster.assign(assignment, 0, 1, 2)
     await until(lambda: {each.number for each in assignment.open_partitions()} == {0, 2})
-    cluster.silent = set()
+    cluster.unstable = set()
     await until(lambda: {each.number for each in assignment.open_partitions()} == {0, 1, 2})
+
+
+async def test_one_transaction_holds_the_answers_of_all_partitions(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment]
+) -> None:
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0, 1, 2)
+    await until(lambda: len(assignment.open_partitions()) == 3)
+    await asyncio.wait_for(asyncio.gather(*(answering(exactly, assignment, n, 5) for n in (0, 1, 2))), 5.0)
+    assert [len(records) for records in cluster.sent] == [3]
+    assert {number: at.position for number, at in cluster.committed.items()} == {0: 6, 1: 6, 2: 6, 3: 5}
+
+
+async def test_a_partition_that_is_lost_in_a_transaction_takes_nothing_from_the_others(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment]
+) -> None:
+    """What of it was committed is committed; what is still ours goes on as the new member."""
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0, 1)
+    await until(lambda: len(assignment.open_partitions()) == 2)
+    lost, kept = (answering(exactly, assignment, number, 5) for number in (0, 1))
+    await until(lambda: cluster.members)
+    cluster.assign(assignment, 1)
+    await asyncio.wait_for(kept, 5.0)
+    with pytest.raises(asyncio.CancelledError):
+        await lost
+    await until(lambda: assignment.open_partition(1))
+    await asyncio.wait_for(answering(exactly, assignment, 1, 6), 5.0)
+    assert cluster.members == [Membership(1, "this worker"), Membership(2, "this worker")]
+
+
+async def test_a_worker_that_is_in_no_group_commits_nothing() -> None:
+    """A broker takes offsets from a client that names no member, for the sake of old ones."""
+    producer = TransactionalProducer(KafkaConnection(bootstrap_servers="127.0.0.1:1"), "loramux.g.t.w")
+    with pytest.raises(TransactionFailed, match="in no group") as failed:
+        await producer.commit([], {}, "g", Membership(-1, ""))
+    await producer.close()
+    assert failed.value.fenced
 
 
 async def test_what_waits_for_a_topic_that_has_gone_is_refused_and_the_others_go(

@@ -25,7 +25,7 @@ from aiokafka.abc import ConsumerRebalanceListener
 
 from loramux_worker.kafka.commits import Commits
 from loramux_worker.kafka.connecting import RETRY_SECONDS, TROUBLE
-from loramux_worker.kafka.group_offsets import Commit
+from loramux_worker.kafka.group_offsets import Commit, Membership
 from loramux_worker.kafka.metadata import decode
 from loramux_worker.kafka.outage import Outage, explain
 from loramux_worker.kafka.tracker import OffsetsTracker
@@ -62,11 +62,13 @@ class Partition:
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     """Partition number → tracker, and the listener that keeps it right.
 
-    `on_lost` gets the (partition, epoch) pairs whose sequences have lost their point.
+    `on_lost` gets the (partition, epoch) pairs whose sequences have lost their point. `member` is who may commit the
+    partitions that are open.
     """
 
     def __init__(self, *, topic: str, window: int, commits: Commits, on_lost: OnLost) -> None:
         self.joined = False
+        self.member = Membership(-1, "")
         self.failure: str | None = None
         self.outage = Outage("opening partitions")
         self._topic = topic
@@ -114,15 +116,19 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
             self.notify()
         return counted
 
-    def reopen(self, partition: Partition, after: float) -> None:
-        """Nobody knows what is committed: neither read nor commit the partition until the cluster has said so.
+    def reopen(self, partitions: Iterable[Partition], after: float) -> None:
+        """Nobody knows what is committed: neither read nor commit these until the cluster has said so.
 
-        That is asked `after` so many seconds, unless the group has spoken by then. Of a partition that is lost, or
-        while the group decides, it is not: claiming it might take it from its owner.
+        That is asked `after` so many seconds, unless the group has spoken by then. Of those that are lost, or while
+        the group decides, it is not.
         """
-        partition.is_open = False
-        if self.joined and self.held(partition.number, partition.epoch) is partition:
-            self._start_opening({partition.number}, after=after)
+        ours = set()
+        for partition in partitions:
+            partition.is_open = False
+            if self.held(partition.number, partition.epoch) is partition:
+                ours.add(partition.number)
+        if self.joined and ours:
+            self._start_opening(ours, after=after)
 
     def begin_again(self, partition: Partition) -> None:
         """The group's commit is of no use: read the partition from its first offset, in a new epoch."""
@@ -162,7 +168,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
             ours = {each.partition for each in assigned}
             self._stop_opening()  # what was ours before may be somebody else's
             self._lose([partition for number, partition in self._partitions.items() if number not in ours])
-            self._commits.keep(ours)
+            self.member = Membership.of(self.consumer)
             self.joined = True
             self._start_opening(ours)
         except Exception as error:

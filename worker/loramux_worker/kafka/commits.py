@@ -44,9 +44,6 @@ class Commits(Protocol):
     def lost(self, partition: Partition) -> None:
         """The partition is somebody else's, or was meanwhile: nothing is committed for it any more."""
 
-    def keep(self, numbers: Collection[int]) -> None:
-        """No other partitions than these are ours."""
-
     async def commit(self) -> None:
         """Commits what is due. What fails is logged and tried again later; raises nothing."""
 
@@ -88,9 +85,6 @@ class PlainCommits:
         """Nothing to do: every open partition is looked at by `commit`."""
 
     def lost(self, partition: Partition) -> None:
-        """Nothing to do: see `opened`."""
-
-    def keep(self, numbers: Collection[int]) -> None:
         """Nothing to do: see `opened`."""
 
     async def commit(self) -> None:

@@ -1,156 +1,108 @@
-"""Transactions of one input partition: answers and the offset that says so, all or nothing.
+"""The transactions of a worker: one after the other, of one producer, whichever partitions it has.
 
-One transactional id belongs to one partition of the requests topic, whichever worker has it: starting a producer
-of that id ends what another one had begun, and forbids it any more. aiokafka speaks a version of the protocol in
-which a group's generation does not fence offsets (before KIP-447), so this is the only fence.
-
-What aiokafka leaves to its user, and is done here:
-
-- a failed send does not fail the commit: every acknowledgement is waited for before;
-- the offsets go after the answers: beside them, the broker refuses the answers for a moment, which costs 0.1 s;
-- after a failure `abort` may end nothing: a producer that failed in any way is discarded, and the next start
-  ends its transaction;
-- states that cannot go on are assertions, and other exceptions come from a dead background task: all of them
-  mean a failed transaction.
+One transaction holds answers to requests of any of our partitions and how far we have come in each, so that a
+worker's transactions a second do not grow with its partitions. Who may commit a partition is decided by the group's
+generation (KIP-447): the coordinator refuses offsets of a member that it has gone on without, and whoever gets a
+partition next reads its offset when no transaction with it is open any more.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Final
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
 
-from aiokafka import AIOKafkaProducer, TopicPartition
+import structlog
+from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import (
-    GroupAuthorizationFailedError,
-    InvalidProducerEpoch,
-    ProducerClosed,
-    ProducerFenced,
-    TopicAuthorizationFailedError,
-    TransactionalIdAuthorizationFailed,
-)
+from aiokafka.errors import GroupAuthorizationFailedError, TransactionalIdAuthorizationFailed
 from aiokafka.protocol.admin import ApiVersionRequest
 
 from loramux_schemas import KafkaConnection
-from loramux_worker.errors import ConfigurationError, LoramuxError
+from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka.connecting import TROUBLE, client_options
-from loramux_worker.kafka.group_offsets import Commit
-from loramux_worker.kafka.outage import explain
-from loramux_worker.kafka.producer import stop
+from loramux_worker.kafka.group_offsets import Commit, Membership
+from loramux_worker.kafka.outage import Outage, explain
 from loramux_worker.kafka.records import OutgoingRecord
-from loramux_worker.kafka.sending import PERMANENT, RecordRefused, enqueue
+from loramux_worker.kafka.transactional_producer import TransactionalProducer, TransactionFailed
 
 APPLICATION: Final = "loramux"
-# How long the transaction of a worker that died keeps readers from what was written after it, where no other
-# worker takes its partition over.
-TIMEOUT_MS: Final = 10_000
-SECONDS: Final = 30.0  # after which a transaction is given up
+START_SECONDS: Final = 10.0
 DESCRIBE_TRANSACTIONS: Final = 65  # the key of a request that brokers with real transactions know (Kafka 3.0)
 
+log = structlog.get_logger(__name__)
 
-class TransactionFailed(LoramuxError):
-    """A transaction is not known to have succeeded; it may have, unless there is a `refused` record.
 
-    `fenced`: another producer of the id was started, or the transaction took longer than TIMEOUT_MS.
+def transactional_id(group_id: str, topic: str, worker: str) -> str:
+    """The id of a worker's producers; `worker` is nobody else's."""
+    return f"{APPLICATION}.{group_id}.{topic}.{worker}"
+
+
+class Transactions:
+    """The producer of the moment, made anew after a failure; not for two transactions at once.
+
+    `outcomes` counts transactions: committed, failed or fenced.
     """
 
-    def __init__(self, reason: str, *, fenced: bool = False, refused: RecordRefused | None = None) -> None:
-        super().__init__(reason)
-        self.fenced = fenced
-        self.refused = refused
+    def __init__(self, connection: KafkaConnection, *, topic: str, group_id: str) -> None:
+        self.outage = Outage("transactions")
+        self.outcomes: Counter[str] = Counter(committed=0, failed=0, fenced=0)
+        self._connection = connection
+        self._group_id = group_id
+        self._known_as = transactional_id(group_id, topic, uuid.uuid4().hex)
+        self._producer: TransactionalProducer | None = None
+        self._starting = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
 
+    async def ready(self) -> None:
+        """Returns when nothing that was begun before is open. Raises KafkaError, OSError or TimeoutError."""
+        async with self._starting:
+            if self._producer is None:
+                producer = TransactionalProducer(self._connection, self._known_as)
+                async with asyncio.timeout(START_SECONDS):
+                    await producer.start()
+                self._producer = producer
 
-def transactional_id(group_id: str, topic: str, partition: int | str) -> str:
-    """The id that whoever owns this partition uses."""
-    return f"{APPLICATION}.{group_id}.{topic}.{partition}"
+    async def commit(
+        self, records: Sequence[OutgoingRecord], commits: Mapping[TopicPartition, Commit], member: Membership
+    ) -> None:
+        """One transaction; `ready` comes before.
 
-
-class TransactionalProducer:
-    """A producer of one transactional id. It is of no use after a failure."""
-
-    def __init__(self, connection: KafkaConnection, known_as: str) -> None:
-        self._producer = AIOKafkaProducer(
-            **client_options(connection),
-            transactional_id=known_as,
-            transaction_timeout_ms=TIMEOUT_MS,
-            acks="all",
-            linger_ms=0,
-            retry_backoff_ms=100,
-            max_request_size=2**31 - 1,  # sizes are checked by topic, before a record comes here
-        )
-
-    async def start(self) -> None:
-        """Returns when every other producer of this id is fenced and its last transaction is over.
-
-        Waits while a broker is away. Raises KafkaError or OSError.
+        Raises TransactionFailed, after which `ready` is what tells that it is over.
         """
+        outcome = "failed"
+        producer = self._producer
+        assert producer is not None, "wait until ready"
         try:
-            await self._producer.start()
-        except BaseException:
-            await self._producer.stop()
+            await producer.commit(records, commits, self._group_id, member)
+            outcome = "committed"
+        except TransactionFailed as failed:
+            outcome = "fenced" if failed.fenced else "failed"
+            numbers = sorted(name.partition for name in commits)
+            log.info("transaction_failed", partitions=numbers, fenced=failed.fenced, reason=str(failed))
+            self.outage.failed("committing answers", str(failed))
             raise
-
-    async def commit(self, records: Sequence[OutgoingRecord], name: TopicPartition, at: Commit, group_id: str) -> None:
-        """One transaction: `records`, and that the group has come to `at` in the partition `name`.
-
-        Raises TransactionFailed.
-        """
-        try:
-            async with asyncio.timeout(SECONDS):
-                await self._producer.begin_transaction()
-                await self._send(records)
-                await self._producer.send_offsets_to_transaction({name: tuple(at)}, group_id)
-                await self._producer.commit_transaction()
-        except Exception as error:
-            raise self._failure(records, error) from error
+        finally:
+            self.outcomes[outcome] += 1
+            if outcome == "committed":
+                self.outage.over()
+            else:
+                self._discard()
 
     async def close(self) -> None:
-        """Disconnects; a transaction that is open is left to the next owner of the id."""
-        self._producer._message_accumulator.fail_all(ProducerClosed())
-        await stop(self._producer)
+        """Disconnects."""
+        self._discard()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
-    async def _send(self, records: Sequence[OutgoingRecord]) -> None:
-        acknowledgements: list[asyncio.Future[Any]] = []
-        try:
-            for record in records:
-                acknowledgements.append(await enqueue(self._producer, record))  # noqa: PERF401 - some may have gone
-        except BaseException:
-            for acknowledgement in acknowledgements:
-                acknowledgement.add_done_callback(_hear)
-            raise
-        outcomes = await asyncio.gather(*acknowledgements, return_exceptions=True)
-        refused = [
-            (len(record.value or b""), i)
-            for i, (record, outcome) in enumerate(zip(records, outcomes, strict=True))
-            if isinstance(outcome, PERMANENT)
-        ]
-        if refused:
-            # A batch shares its fate: the largest record is to blame, and the others are tried again without it.
-            _, i = max(refused)
-            raise RecordRefused(records[i], explain(outcomes[i])) from outcomes[i]
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-    def _failure(self, records: Sequence[OutgoingRecord], error: Exception) -> TransactionFailed:
-        if isinstance(error, RecordRefused):
-            return TransactionFailed(str(error), refused=error)
-        # What ended the transaction is told to those who wait for its end; the others hear of an illegal state.
-        end = self._producer._txn_manager.wait_for_transaction_end()
-        if end is not None and end.done() and not end.cancelled() and (cause := end.exception()) is not None:
-            error = cause
-        if isinstance(error, TopicAuthorizationFailedError):
-            forbidden = next((record for record in records if record.topic in error.args[0]), None)
-            refused = None if forbidden is None else RecordRefused(forbidden, "this worker may not write to it")
-            return TransactionFailed(explain(error), refused=refused)
-        return TransactionFailed(explain(error), fenced=isinstance(error, ProducerFenced | InvalidProducerEpoch))
-
-
-def _hear(acknowledgement: asyncio.Future[Any]) -> None:
-    """Nobody waits for it any more: asyncio is not to complain of its error."""
-    if not acknowledgement.cancelled():
-        acknowledgement.exception()
+    def _discard(self) -> None:
+        if self._producer is not None:
+            task = asyncio.create_task(self._producer.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            self._producer = None
 
 
 async def require_transactions(connection: KafkaConnection, *, topic: str, group_id: str, timeout: float) -> None:
