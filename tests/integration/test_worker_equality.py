@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, kv_cache_bytes, make_model
 
 pytestmark = pytest.mark.kafka
 
-NEW_TOKENS = 24
+NEW_TOKENS = 48
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
@@ -24,7 +24,8 @@ async def test_greedy_tokens_equal_peft(kafka: KafkaCluster, kafka_topics, tmp_p
     rng = random.Random(architecture)
     jobs = []
     for i in range(18):
-        length = (1, 200)[i] if i < 2 else rng.randint(1, 200)
+        # Short prompts run side by side, and outgrow the cache.
+        length = (1, 200)[i] if i < 2 else rng.randint(1, 24) if i % 2 else rng.randint(25, 200)
         adapter_id = None if i % 9 == 8 else model.adapter_ids[i % 9]
         jobs.append(([rng.randrange(256) for _ in range(length)], adapter_id))
     topics = worker_topics(kafka_topics)
