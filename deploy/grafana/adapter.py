@@ -14,6 +14,7 @@ def adapter() -> Dashboard:
     each = "{{adapter}}"
     requests, tokens = m.rate("requests_total", "adapter"), m.rate("tokens_total", "adapter", 'kind="generated"')
     answered = m.rate("requests_total", "adapter", 'outcome="ok"')
+    turns = m.rate("adapter_queue_seconds_total", "adapter"), m.rate("adapter_started_total", "adapter")
     return (
         new_dashboard(
             "adapter",
@@ -57,6 +58,30 @@ def adapter() -> Dashboard:
                 "Mean number of generated tokens, ten adapters.",
                 (f"topk(10, {tokens} / {answered})", each),
                 span=12,
+            )
+        )
+        .with_panel(
+            lines(
+                "waiting for their turn",
+                "s",
+                "Mean time in the fair queue of those that began, ten adapters. Only a flood of one's own is felt.",
+                (f"topk(10, {' / '.join(turns)})", each),
+            )
+        )
+        .with_panel(
+            lines(
+                "furthest behind",
+                "short",
+                "Weighted tokens that a waiting adapter got less than the most served one: bounded, if all is fair.",
+                (f"topk(10, {m.total('adapter_deficit', 'adapter')})", each),
+            )
+        )
+        .with_panel(
+            lines(
+                "backlog in the engines",
+                "short",
+                "Requests that wait, ten adapters; what the window does not hold waits in Kafka.",
+                (f"topk(10, {m.total('adapter_waiting', 'adapter')})", each),
             )
         )
     )

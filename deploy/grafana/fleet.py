@@ -138,4 +138,12 @@ def fleet() -> Dashboard:
                 (f"60 * {m.rate('dead_letters_total', 'reason')}", "{{reason}}"),
             )
         )
+        .with_panel(
+            lines(
+                "messages that came again",
+                "reqps",
+                "Answered from the first of their request_id: a producer repeats itself.",
+                (m.rate("duplicates_total"), "a second"),
+            )
+        )
     )

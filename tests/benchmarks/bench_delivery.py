@@ -3,9 +3,9 @@
     PYTHONPATH=tests python tests/benchmarks/bench_delivery.py [--rate 500] [--seconds 15] [--partitions 12]
 
 The worker's own front with an answer that takes no time, in a process of its own, so that what is measured is Kafka
-and our delivery. The modes take turns in one run; each round asks at the rate, then as fast as it can. The first round of
-each is not counted: a broker that has just started is compiling what it does for the first time. A latency is the
-time from producing the request to reading its reply (read_committed). The last line of the output is a JSON
+and our delivery. The modes take turns in one run; each round asks at the rate, then as fast as it can. The first
+round of each is not counted: a broker that has just started is compiling what it does for the first time. A latency
+is the time from producing the request to reading its reply (read_committed). The last line of the output is a JSON
 object.
 """
 

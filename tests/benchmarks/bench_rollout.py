@@ -139,7 +139,9 @@ def main() -> None:
         }  # fmt: skip
 
         def start(wait: bool = True) -> WorkerProcess:
-            worker = WorkerProcess(kafka.bootstrap_servers, DEMO / "model", wait=wait, **flags)
+            # As a pod with a share of the machine: else PyTorch's threads are in each other's way.
+            environment = {"OMP_NUM_THREADS": "1"}
+            worker = WorkerProcess(kafka.bootstrap_servers, DEMO / "model", wait=wait, environment=environment, **flags)
             return worker.__enter__()
 
         running = [start() for _ in range(options.workers)]
