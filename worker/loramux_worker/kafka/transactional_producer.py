@@ -46,7 +46,7 @@ from loramux_worker.kafka.sending import PERMANENT, RecordRefused, enqueue
 
 # How long the transaction of a worker that died keeps readers from what was written after it, and its partitions
 # from being read by another worker.
-TIMEOUT_MS: Final = 10_000
+TIMEOUT_MS: Final = 5_000
 SECONDS: Final = 30.0  # after which a transaction is given up
 NO_EPOCH: Final = -1  # of the partition's leader: nobody looks at it
 STALE: Final = (IllegalGenerationError, UnknownMemberIdError)
