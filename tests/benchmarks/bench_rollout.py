@@ -11,6 +11,7 @@ made up. The last line of the output is a JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import threading
@@ -31,6 +32,13 @@ from services.worker import WorkerProcess, worker_topics
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 NEW_TOKENS = 4
+PIECES = {
+    "processes": "engine_starting",  # the interpreter and its imports, in front and engine
+    "model load": "model_loaded",
+    "model check and graphs": "engine_ready",  # graphs on a GPU alone
+    "group": "partitions_assigned",
+    "adapter": "adapter_downloaded",
+}
 
 
 class Load:
@@ -113,13 +121,10 @@ def first_reply(worker: WorkerProcess, began: float, watch: Watch, request_id: s
     for line in worker.log_path.read_text().splitlines():
         event = json.loads(line)
         said.setdefault(event["event"], datetime.fromisoformat(event["timestamp"]).timestamp() - began)
-    return {
-        "engine_ready": round(said["engine_ready"], 2),
-        "worker_started": round(said["worker_started"], 2),
-        "partitions_assigned": round(said["partitions_assigned"], 2),
-        "adapter_downloaded": round(said["adapter_downloaded"], 2),
-        "reply": round(watch.seen[request_id].at - time.monotonic() + time.time() - began, 2),
-    }
+    at = watch.seen[request_id].at - time.monotonic() + time.time() - began
+    ends = {piece: said[event] for piece, event in PIECES.items()} | {"answer": at}
+    pieces = dict(zip(ends, itertools.pairwise([0.0, *ends.values()]), strict=True))
+    return {piece: round(end - start, 2) for piece, (start, end) in pieces.items()} | {"all": round(at, 2)}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from loramux_worker.adapters.base_weights import BaseWeights, parameter_shapes, replaceable_parameters
@@ -24,6 +25,8 @@ from loramux_worker.model.loader import ServedModel, load_model
 from loramux_worker.model.self_check import check_model
 from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.scheduler import Scheduler, SchedulerConfig
+
+log = structlog.get_logger(__name__)
 
 _MAX_RESIDENT = 4096  # rows of the pool's tables: adapters on the device at once
 
@@ -78,6 +81,7 @@ def build_engine(
         ConfigurationError: these settings, or this model, cannot be served.
     """
     model = load_model(config.model, config.device, config.dtype)
+    log.info("model_loaded", model=model.name, device=str(model.device))
     check_model(model)
     return assemble(config, model, emit, pipeline_depth=pipeline_depth)
 

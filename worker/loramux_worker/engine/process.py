@@ -91,6 +91,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the front decides
     threading.Thread(target=_exit_with_front, daemon=True).start()
     configure_logs(config.log_format, config.log_level)
+    log.info("engine_starting", device=config.device, pid=os.getpid())
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     front = FrontConnection(sys.argv[1])
