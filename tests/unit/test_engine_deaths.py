@@ -47,6 +47,16 @@ async def test_a_sequence_goes_on_in_the_next_engine_where_it_was(pool: EnginePo
     assert pool.restarts == 1
 
 
+async def test_who_was_only_there_is_answered(pool: EnginePool) -> None:
+    poison = submit(pool, DEADLY, 5)
+    others = [submit(pool, 100 + i) for i in range(20)]
+    with pytest.raises(Poisonous):
+        await finished(poison)
+    for other in others:
+        assert await finished(other) == list(range(20))
+    assert pool.restarts == 3
+
+
 async def test_a_sequence_that_kills_three_engines_is_given_up(pool: EnginePool) -> None:
     poison = submit(pool, DEADLY, 5)
     with pytest.raises(Poisonous, match="3 engines died") as failure:

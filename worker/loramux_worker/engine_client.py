@@ -35,10 +35,10 @@ from loramux_worker.engine.protocol import (
 )
 from loramux_worker.errors import ConfigurationError, Poisonous, RequestFailed
 from loramux_worker.generation import Generation
+from loramux_worker.suspects import MAX_DEATHS, Suspects
 
 log = structlog.get_logger(__name__)
 
-_MAX_DEATHS = 3  # engines that one sequence may take down before it is given up
 _STOP_TIMEOUT = 5.0  # seconds from Stop to kill
 _MAX_BACKOFF = 30.0  # seconds between restarts
 
@@ -59,6 +59,7 @@ class EngineClient:
         self._folder = folder
         self._on_move = on_move
         self._generations: dict[int, Generation] = {}
+        self._suspects = Suspects()
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -96,6 +97,8 @@ class EngineClient:
         """Forget a generation if it is here."""
         if self._generations.pop(generation.sequence_id, None) is not None:
             self._send(Cancel(generation.sequence_id))
+            self._suspects.forget(generation)
+            self._let_in()
 
     def prefetch(self, adapter: AdapterReference) -> None:
         """Tell the engine that requests for this adapter are coming."""
@@ -119,6 +122,11 @@ class EngineClient:
         self._generations.clear()
         self._context.destroy(linger=0)
 
+    def _let_in(self) -> None:
+        """Submit the next suspect, if it is time."""
+        if self._socket is not None and (suspect := self._suspects.let_in()) is not None:
+            self._send(suspect.submission())
+
     def _send(self, message: FrontMessage) -> None:
         if self._socket is not None:  # what is said before Ready is repeated then
             self._socket.send(encode(message))
@@ -137,7 +145,7 @@ class EngineClient:
             self.restarts += 1
             log.error("engine_died", engine=self.index, exit_code=code, in_flight=self.in_flight)
             if was_ready:
-                self._count_deaths()
+                self._accuse()
                 backoff = 1.0
             else:
                 with contextlib.suppress(TimeoutError):
@@ -216,6 +224,8 @@ class EngineClient:
                 generation = self._generations.pop(message.sequence_id, None)
                 if generation is not None:
                     generation.fail(RequestFailed(ErrorCode(message.code), message.message))
+                    self._suspects.heard_of(generation)
+                    self._let_in()
             case Ready():
                 self._become_ready(message, socket)
             case Refused():
@@ -233,7 +243,9 @@ class EngineClient:
         self.ready = message
         self._socket = socket
         for generation in self._generations.values():
-            self._send(generation.submission())
+            if generation not in self._suspects:
+                self._send(generation.submission())
+        self._let_in()
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 
@@ -247,11 +259,12 @@ class EngineClient:
                 generation.timing = timings.get(output.sequence_id)
                 del self._generations[output.sequence_id]
             generation.add(output)
+            self._suspects.heard_of(generation)
+        self._let_in()
 
-    def _count_deaths(self) -> None:
-        """Give up the sequences that have now been in too many dying engines."""
-        for generation in list(self._generations.values()):
-            generation.engine_deaths += 1
-            if generation.engine_deaths >= _MAX_DEATHS:
-                del self._generations[generation.sequence_id]
-                generation.fail(Poisonous(f"{_MAX_DEATHS} engines died while working on this request"))
+    def _accuse(self) -> None:
+        """Give up the sequence that the engine has died of, if it is known."""
+        culprit = self._suspects.engine_died(self._generations.values())
+        if culprit is not None:
+            del self._generations[culprit.sequence_id]
+            culprit.fail(Poisonous(f"{MAX_DEATHS} engines died while working on this request"))
