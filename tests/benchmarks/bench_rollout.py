@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests python tests/benchmarks/bench_rollout.py [--rate 200] [--seconds 15] [--workers 3]
 
-Workers are replaced one after the other as a Kubernetes Deployment with maxSurge 1 does it: a new one starts, and when
-it is ready an old one gets SIGTERM. Then all end, a request waits, and a worker starts for it. Reported: lost and
-repeated replies, latencies before and during the upgrade, lag of the idle group, and how the time to the first reply is
-made up. The last line of the output is a JSON object.
+Workers are replaced one after the other as our Kubernetes Deployment does it: one gets SIGTERM, and when it has ended a
+new one starts; the next one's turn comes when that is ready. Then all end, a request waits, and a worker starts for it.
+Reported: lost and repeated replies, latencies before and during the upgrade, lag of the idle group, and how the time to
+the first reply is made up. The last line of the output is a JSON object.
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ def main() -> None:
         time.sleep(options.seconds)
         upgrade, codes = time.monotonic(), []
         for old in list(running):
-            running.append(start())
             codes.append(old.server.stop())
             running.remove(old)
+            running.append(start())
             print(f"replaced a worker: exit code {codes[-1]}", flush=True)
         over = time.monotonic()
         time.sleep(options.seconds)
