@@ -187,3 +187,21 @@ class FakeEngine:
         self._read[sequence.sequence_id] = max(before, end)
         service = self.config.prompt_weight * max(0, end - before) + self.config.generated_weight * samples
         self.services[None if sequence.adapter is None else sequence.adapter.adapter_id] += service
+
+
+def make_engine(tiers: FakeTiers | None = None, num_blocks: int = 256, **values: object) -> FakeEngine:
+    config = SchedulerConfig(**{"max_model_len": 256, **values})  # type: ignore[arg-type]
+    return FakeEngine(config, num_blocks=num_blocks, tiers=tiers)
+
+
+def given(step: Step) -> dict[int, int]:
+    return {chunk.sequence.sequence_id: chunk.num_tokens for chunk in step.chunks}
+
+
+def run_until_finished(engine: FakeEngine, sequence: Sequence, max_steps: int = 1000) -> int:
+    """Steps until the sequence has finished."""
+    for number in range(max_steps):
+        if sequence.status is SequenceStatus.FINISHED:
+            return number
+        engine.step()
+    raise AssertionError("the sequence does not finish")
