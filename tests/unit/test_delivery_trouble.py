@@ -28,6 +28,8 @@ class Cluster:
     def __init__(self) -> None:
         self.committed = {number: Commit(5, "") for number in range(4)}
         self.claims: list[list[int]] = []
+        self.claims_take: list[float] = []  # seconds, of the next ones
+        self.transactions_take = 0.02
         self.generation = 0
         self.sent: list[list[OutgoingRecord]] = []
         self.members: list[Membership] = []
@@ -58,7 +60,7 @@ class Producer:
         member: Membership,
     ) -> None:
         self.cluster.members.append(member)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(self.cluster.transactions_take)
         self.cluster.sent.append(records)
         if self.cluster.fenced or self.cluster.failing:
             self.cluster.failing -= 1
@@ -105,9 +107,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     async def committed(connection: object, group_id: str, topic: str, numbers: list[int]) -> dict[int, Commit]:
         cluster.claims.append(sorted(numbers))
-        if stable := set(numbers) - cluster.unstable:
-            return {number: cluster.committed[number] for number in stable}
-        raise OffsetsUnstable
+        found = {number: cluster.committed[number] for number in set(numbers) - cluster.unstable}
+        if cluster.claims_take:
+            await asyncio.sleep(cluster.claims_take.pop(0))
+        if not found:
+            raise OffsetsUnstable
+        return found
 
     monkeypatch.setattr(transactions, "TransactionalProducer", lambda connection, known_as: Producer(cluster))
     monkeypatch.setattr(exactly_once, "committed", committed)
@@ -197,6 +202,25 @@ async def test_a_partition_that_is_lost_in_a_transaction_takes_nothing_from_the_
     await until(lambda: assignment.open_partition(1))
     await asyncio.wait_for(answering(exactly, assignment, 1, 6), 5.0)
     assert cluster.members == [Membership(1, "this worker"), Membership(2, "this worker")]
+
+
+async def test_a_transaction_that_fails_after_a_rebalance_is_settled_once(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partition is being opened by then: opened twice, its next transaction would be taken for failed."""
+    monkeypatch.setattr(exactly_once, "COMMIT_SECONDS", 0.01)
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0)
+    await until(lambda: assignment.open_partition(0))
+    cluster.failing, cluster.transactions_take = 1, 0.1
+    cluster.claims_take = [0.0, 0.1]
+    answer = answering(exactly, assignment, 0, 5)
+    await until(lambda: cluster.members)
+    await assignment.on_partitions_revoked([TopicPartition("requests", 0)])
+    cluster.assign(assignment, 0)
+    await asyncio.wait_for(answer, 5.0)
+    await asyncio.sleep(0.3)
+    assert [len(records) for records in cluster.sent] == [1, 1], "one that failed, and one"
 
 
 async def test_a_worker_that_is_in_no_group_commits_nothing() -> None:

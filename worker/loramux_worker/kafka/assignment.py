@@ -119,16 +119,15 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     def reopen(self, partitions: Iterable[Partition], after: float) -> None:
         """Nobody knows what is committed: neither read nor commit these until the cluster has said so.
 
-        That is asked `after` so many seconds, unless the group has spoken by then. Of those that are lost, or while
-        the group decides, it is not.
+        That is asked `after` so many seconds, unless the group has spoken by then, and not while it decides. Those
+        that are closed already are lost, or opened by whoever closed them: a second one might open with what was
+        committed before the first.
         """
-        ours = set()
-        for partition in partitions:
+        closed = [partition for partition in partitions if partition.is_open]
+        for partition in closed:
             partition.is_open = False
-            if self.held(partition.number, partition.epoch) is partition:
-                ours.add(partition.number)
-        if self.joined and ours:
-            self._start_opening(ours, after=after)
+        if self.joined and closed:
+            self._start_opening({partition.number for partition in closed}, after=after)
 
     def begin_again(self, partition: Partition) -> None:
         """The group's commit is of no use: read the partition from its first offset, in a new epoch."""
