@@ -96,9 +96,8 @@ class Places:
     async def require_place(self, record: OutgoingRecord) -> None:
         pass
 
-    async def check_place(self, record: OutgoingRecord) -> None:
-        if record.topic in self.cluster.gone:
-            raise RecordRefused(record, "it has gone")
+    async def without_place(self, records: list[OutgoingRecord]) -> list[OutgoingRecord]:
+        return [record for record in records if record.topic in self.cluster.gone]
 
 
 @pytest.fixture
@@ -202,6 +201,22 @@ async def test_a_partition_that_is_lost_in_a_transaction_takes_nothing_from_the_
     await until(lambda: assignment.open_partition(1))
     await asyncio.wait_for(answering(exactly, assignment, 1, 6), 5.0)
     assert cluster.members == [Membership(1, "this worker"), Membership(2, "this worker")]
+
+
+async def test_a_flush_commits_all_that_waits(
+    cluster: Cluster, delivery: tuple[ExactlyOnce, Assignment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rebalance waits for it: what is not committed by then is generated again by another worker."""
+    monkeypatch.setattr(outbox, "MAX_ANSWERS", 3)
+    exactly, assignment = delivery
+    cluster.assign(assignment, 0, 1)
+    await until(lambda: len(assignment.open_partitions()) == 2)
+    answers = [answering(exactly, assignment, i % 2, 5 + i) for i in range(10)]
+    await asyncio.sleep(0)
+    await asyncio.wait_for(exactly.commit(), 5.0)
+    assert all(answer.done() for answer in answers)
+    assert [len(records) for records in cluster.sent] == [3, 3, 3, 1]
+    await asyncio.wait_for(exactly.commit(), 1.0)
 
 
 async def test_a_transaction_that_fails_after_a_rebalance_is_settled_once(

@@ -25,7 +25,7 @@ from aiokafka.abc import ConsumerRebalanceListener
 
 from loramux_worker.kafka.commits import Commits
 from loramux_worker.kafka.connecting import RETRY_SECONDS, TROUBLE
-from loramux_worker.kafka.group_offsets import Commit, Membership
+from loramux_worker.kafka.group_offsets import Commit, Membership, OffsetsUnstable
 from loramux_worker.kafka.metadata import decode
 from loramux_worker.kafka.outage import Outage, explain
 from loramux_worker.kafka.tracker import OffsetsTracker
@@ -132,7 +132,8 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     def begin_again(self, partition: Partition) -> None:
         """The group's commit is of no use: read the partition from its first offset, in a new epoch."""
         self._lose([partition])
-        self._start_opening({partition.number}, from_first_offset=True)
+        if self.joined:
+            self._start_opening({partition.number}, from_first_offset=True)
 
     def notify(self) -> None:
         """Something changed that may let `changed` waiters read again."""
@@ -193,6 +194,9 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                         commit = None if from_first_offset else claimed[number]
                         if await self._open(TopicPartition(self._topic, number), commit):
                             waiting.discard(number)
+            except OffsetsUnstable as error:  # of a worker that died: soon given up
+                log.info("partitions_wait", reason=explain(error))
+                await asyncio.sleep(RETRY_SECONDS)
             except TROUBLE as error:
                 self.outage.failed(f"opening partitions {sorted(waiting)}", error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -244,7 +248,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         for partition in partitions:
             partition.is_open = False
             del self._partitions[partition.number]
-            self._commits.lost(partition)
+        self._commits.lost(partitions)
         lost = frozenset((partition.number, partition.epoch) for partition in partitions)
         log.info("partitions_lost", topic=self._topic, partitions=sorted(number for number, _ in lost))
         self._on_lost(lost)

@@ -41,8 +41,8 @@ class Commits(Protocol):
     def opened(self, partition: Partition) -> None:
         """The partition may be read and committed from now on, perhaps again."""
 
-    def lost(self, partition: Partition) -> None:
-        """The partition is somebody else's, or was meanwhile: nothing is committed for it any more."""
+    def lost(self, partitions: Collection[Partition]) -> None:
+        """These are somebody else's, or were meanwhile: nothing is committed for them any more."""
 
     async def commit(self) -> None:
         """Commits what is due. What fails is logged and tried again later; raises nothing."""
@@ -84,7 +84,7 @@ class PlainCommits:
     def opened(self, partition: Partition) -> None:
         """Nothing to do: every open partition is looked at by `commit`."""
 
-    def lost(self, partition: Partition) -> None:
+    def lost(self, partitions: Collection[Partition]) -> None:
         """Nothing to do: see `opened`."""
 
     async def commit(self) -> None:

@@ -47,7 +47,7 @@ class ExactlyOnce:
     def attach(self, assignment: Assignment) -> None:
         """The partitions to commit."""
         self._assignment = assignment
-        self._outbox = Outbox(assignment, self._transactions, self._publisher.check_place)
+        self._outbox = Outbox(assignment, self._transactions, self._publisher.without_place)
 
     async def claim(self, numbers: Collection[int]) -> dict[int, Commit | None]:
         """What is committed for these partitions, where nobody has yet to end a transaction with them.
@@ -64,9 +64,9 @@ class ExactlyOnce:
         """The partition may be committed from now on, perhaps again."""
         self._outbox.reopened(partition)
 
-    def lost(self, partition: Partition) -> None:
-        """The partition is somebody else's, or was meanwhile: what waits for its transactions waits in vain."""
-        self._outbox.lost(partition)
+    def lost(self, partitions: Collection[Partition]) -> None:
+        """These are somebody else's, or were meanwhile: what waits for their transactions waits in vain."""
+        self._outbox.lost(partitions)
 
     async def complete(self, record: Record, outgoing: Sequence[OutgoingRecord]) -> None:
         """Returns when the answers to `record` are committed together with its offset.

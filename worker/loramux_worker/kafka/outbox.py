@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import operator
+import itertools
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import structlog
@@ -31,7 +30,7 @@ FENCED_SECONDS: Final = 3.0
 
 log = structlog.get_logger(__name__)
 
-Check = Callable[[OutgoingRecord], Awaitable[None]]
+WithoutPlace = Callable[[Iterable[OutgoingRecord]], Awaitable[list[OutgoingRecord]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -52,23 +51,31 @@ class Doubt:
     answers: list[Answer]
 
 
+@dataclass(eq=False, slots=True)
+class Round:
+    """A flush: `done` when `last`, which was the newest, is committed or cannot be at the moment."""
+
+    last: Answer | None
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class Outbox:
     """Commits a worker's answers, in as few transactions as the pace allows.
 
     After a failure nobody knows whether a transaction has succeeded: its partitions are closed until the group's
     commit has been read again, and `reopened` tells by it. What failed is tried again in smaller transactions,
-    after `check` has looked at the place of each record; it raises RecordRefused for one that has gone.
+    behind what came meanwhile and without what `without_place` finds to have lost its place.
     """
 
-    def __init__(self, assignment: Assignment, transactions: Transactions, check: Check) -> None:
+    def __init__(self, assignment: Assignment, transactions: Transactions, without_place: WithoutPlace) -> None:
         self._assignment = assignment
         self._transactions = transactions
-        self._check = check
+        self._without_place = without_place
         self._failures = 0  # transactions that failed since the last one that did not
         self._waiting: dict[Answer, None] = {}  # the longest waiting first
         self._in_doubt: dict[Partition, Doubt] = {}
         self._due = asyncio.Event()
-        self._rounds: list[asyncio.Future[None]] = []
+        self._rounds: list[Round] = []
         self._in_transaction = asyncio.Lock()
         self._task = asyncio.create_task(self._keep_committing(), name="transactions")
 
@@ -84,10 +91,10 @@ class Outbox:
 
     async def flush(self, seconds: float) -> None:
         """Returns when what waits now is committed, or cannot be at the moment; after `seconds` in any case."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._rounds.append(done)
+        flush = Round(next(reversed(self._waiting), None))
+        self._rounds.append(flush)
         self._due.set()
-        await asyncio.wait([done], timeout=seconds)
+        await asyncio.wait([flush.done], timeout=seconds)
 
     async def rest(self) -> None:
         """Returns when no transaction is under way."""
@@ -100,65 +107,55 @@ class Outbox:
         if doubt is not None and partition.committed == doubt.commit:
             self._settle(doubt.answers)
         elif doubt is not None:
-            self._waiting = dict.fromkeys([*doubt.answers, *self._waiting])
+            self._waiting.update(dict.fromkeys(doubt.answers))
         self._due.set()
 
-    def lost(self, partition: Partition) -> None:
-        """Commits no more answers of the partition; whoever waits for one is cancelled."""
-        doubt = self._in_doubt.pop(partition, None)
-        for answer in [*self._waiting, *(doubt.answers if doubt is not None else ())]:
-            if answer.partition is partition:
-                answer.safe.cancel()
-                self._waiting.pop(answer, None)
+    def lost(self, partitions: Collection[Partition]) -> None:
+        """Commits no more answers of these partitions; whoever waits for one is cancelled."""
+        doubts = [self._in_doubt.pop(partition) for partition in partitions if partition in self._in_doubt]
+        waiting = [answer for answer in self._waiting if answer.partition in partitions]
+        for answer in itertools.chain(waiting, *(doubt.answers for doubt in doubts)):
+            answer.safe.cancel()
+            self._waiting.pop(answer, None)
 
     async def close(self) -> None:
         """Commits nothing more; whoever waits is cancelled."""
         self._task.cancel()
         await asyncio.wait([self._task])
-        for partition in {answer.partition for answer in self._waiting} | self._in_doubt.keys():
-            self.lost(partition)
-        _end(self._rounds)
+        self.lost({answer.partition for answer in self._waiting} | self._in_doubt.keys())
+        self._end_rounds()
 
     async def _keep_committing(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._due.wait()
             self._due.clear()
-            began = loop.time()
-            rounds, self._rounds = self._rounds, []
+            began, pace, gone_well = loop.time(), RETRY_SECONDS, False
             try:
                 async with self._in_transaction:
-                    await self._commit(everywhere=bool(rounds))
+                    gone_well = await self._commit(everywhere=bool(self._rounds))
+                pace = PACE_SECONDS
+            except TROUBLE as error:  # brokers are away, or a rebalance: the position is not known
+                log.info("commit_deferred", reason=explain(error))
             except Exception:  # a bug of ours: what is in doubt is settled as after any other failure
                 log.exception("commit_failed")
                 self._assignment.reopen(self._in_doubt, FENCED_SECONDS)
-            finally:
-                _end(rounds)
-            if any(answer.partition.is_open for answer in self._waiting):
+            self._end_rounds(unless_waiting=gone_well)
+            if self._rounds or any(answer.partition.is_open for answer in self._waiting):
                 self._due.set()
-            await asyncio.sleep(began + PACE_SECONDS - loop.time())
+            await asyncio.sleep(began + pace - loop.time())
 
-    async def _commit(self, *, everywhere: bool) -> None:
-        """One transaction, if anything has changed: `everywhere`, or where there are answers."""
-        try:
-            async with asyncio.timeout(COMMIT_SECONDS):
-                if self._failures:
-                    await self._check_places()
-                answers = self._next_answers()
-                commits = await self._commits(answers, everywhere)
-        except TROUBLE as error:  # a rebalance: the position is not known
-            log.info("commit_deferred", reason=explain(error))
-            return
-        try:
-            await self._transactions.ready()
-        except TROUBLE as error:
-            self._transactions.outage.failed("beginning a transaction", error)
-            await asyncio.sleep(RETRY_SECONDS)
-            return
+    async def _commit(self, *, everywhere: bool) -> bool:
+        """One transaction, if anything has changed: `everywhere`, or where there are answers. False if it failed."""
+        async with asyncio.timeout(COMMIT_SECONDS):
+            if self._failures:
+                await self._refuse_what_has_no_place()
+            answers = self._next_answers()
+            commits = await self._commits(answers, everywhere)
+        await self._transactions.ready()
         # From here to the transaction nothing is waited for: the generation is the one in which these are open.
         commits = {each: commit for each, commit in commits.items() if each.is_open and commit != each.committed}
-        if commits:
-            await self._transact(commits, [answer for answer in answers if answer.partition in commits])
+        return not commits or await self._transact(commits, [each for each in answers if each.partition in commits])
 
     async def _commits(self, answers: Iterable[Answer], everywhere: bool) -> dict[Partition, Commit]:
         offsets: dict[Partition, set[int]] = {}
@@ -168,7 +165,7 @@ class Outbox:
             offsets.setdefault(answer.partition, set()).add(answer.offset)
         return {each: await commit_of(self._assignment, each, answered) for each, answered in offsets.items()}
 
-    async def _transact(self, commits: dict[Partition, Commit], answers: Collection[Answer]) -> None:
+    async def _transact(self, commits: dict[Partition, Commit], answers: Collection[Answer]) -> bool:
         for partition, commit in commits.items():
             partition.unconfirmed.add(commit)
             self._in_doubt[partition] = Doubt(commit, [])
@@ -183,14 +180,15 @@ class Outbox:
             self._failures += 1
             if (refused := failed.refused) is not None:
                 for doubt in self._in_doubt.values():
-                    self._refuse(doubt.answers, partial(operator.is_, refused.record), refused.reason)
+                    doubt.answers = self._refuse(doubt.answers, [refused.record], refused.reason)
             self._assignment.reopen(commits, FENCED_SECONDS if failed.fenced else 0.0)
-        else:
-            self._failures = 0
-            for partition in commits.keys() & self._in_doubt.keys():  # the others are lost meanwhile
-                doubt = self._in_doubt.pop(partition)
-                partition.confirm(doubt.commit)
-                self._settle(doubt.answers)
+            return False
+        self._failures = 0
+        for partition in commits.keys() & self._in_doubt.keys():  # the others are lost meanwhile
+            doubt = self._in_doubt.pop(partition)
+            partition.confirm(doubt.commit)
+            self._settle(doubt.answers)
+        return True
 
     def _next_answers(self) -> list[Answer]:
         """Those that the next transaction is to hold, the longest waiting first."""
@@ -206,16 +204,11 @@ class Outbox:
             answers.append(answer)
         return answers
 
-    async def _check_places(self) -> None:
-        """Refuses what waits for a place that has gone."""
-        places = {_place(record): record for each in self._waiting for record in each.records}
-        for place, record in places.items():
-            try:
-                await self._check(record)
-            except RecordRefused as refused:
-                waiting = list(self._waiting)
-                self._refuse(waiting, partial(_is_at, place), refused.reason)
-                self._waiting = dict.fromkeys(waiting)
+    async def _refuse_what_has_no_place(self) -> None:
+        gone = await self._without_place([record for answer in self._waiting for record in answer.records])
+        if gone:
+            reason = "there is no such topic or partition any more"
+            self._waiting = dict.fromkeys(self._refuse(self._waiting, gone, reason))
 
     def _settle(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
@@ -223,25 +216,23 @@ class Outbox:
             if not answer.safe.done():
                 answer.safe.set_result(None)
 
-    def _refuse(self, answers: list[Answer], is_refused: Callable[[OutgoingRecord], bool], reason: str) -> None:
-        """Takes those with a record that is refused out of `answers`, and says so to who waits for them."""
-        for answer in list(answers):
-            record = next(filter(is_refused, answer.records), None)
-            if record is not None:
-                answers.remove(answer)
-                if not answer.safe.done():
-                    answer.safe.set_exception(RecordRefused(record, reason))
+    def _refuse(self, answers: Iterable[Answer], refused: Iterable[OutgoingRecord], reason: str) -> list[Answer]:
+        """`answers` without those that hold a `refused` record: who waits for them is told."""
+        known = {id(record) for record in refused}
+        kept = []
+        for answer in answers:
+            record = next((each for each in answer.records if id(each) in known), None)
+            if record is None:
+                kept.append(answer)
+            elif not answer.safe.done():
+                answer.safe.set_exception(RecordRefused(record, reason))
+        return kept
 
-
-def _end(rounds: Iterable[asyncio.Future[None]]) -> None:
-    for each in rounds:
-        if not each.done():
-            each.set_result(None)
-
-
-def _place(record: OutgoingRecord) -> tuple[str, int | None]:
-    return record.topic, record.partition
-
-
-def _is_at(place: tuple[str, int | None], record: OutgoingRecord) -> bool:
-    return _place(record) == place
+    def _end_rounds(self, *, unless_waiting: bool = False) -> None:
+        """Ends all flushes, or those of which nothing waits that could be committed."""
+        rounds, self._rounds = self._rounds, []
+        for each in rounds:
+            if unless_waiting and each.last in self._waiting and each.last.partition.is_open:
+                self._rounds.append(each)
+            elif not each.done.done():
+                each.done.set_result(None)

@@ -113,19 +113,22 @@ class Publisher:
                 self._outage.failed("asking for topics", error)
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def check_place(self, record: OutgoingRecord) -> None:
-        """Asks the brokers whether the place that a request named for its answer has gone.
+    async def without_place(self, records: Iterable[OutgoingRecord]) -> list[OutgoingRecord]:
+        """Those whose topic or partition, which a request named for its answer, is not there any more.
 
-        Our own topics are waited for. Raises RecordRefused when it has; KafkaError, OSError or TimeoutError when
-        nobody can say.
+        Our own topics are waited for. Raises KafkaError, OSError or TimeoutError when nobody can say.
         """
-        if record.topic in self._topics:
-            return
+        foreign = [record for record in records if record.topic not in self._topics]
+        if not foreign:
+            return []
         async with asyncio.timeout(TOPIC_SECONDS):
             cluster = await self._producer.current.client.fetch_all_metadata()
-        partitions = cluster.partitions_for_topic(record.topic)
-        if not partitions or (record.partition is not None and record.partition not in partitions):
-            raise RecordRefused(record, "there is no such topic or partition any more")
+        there = {topic: cluster.partitions_for_topic(topic) or () for topic in {record.topic for record in foreign}}
+        return [
+            record
+            for record in foreign
+            if not there[record.topic] or (record.partition is not None and record.partition not in there[record.topic])
+        ]
 
     async def send(self, records: Sequence[OutgoingRecord]) -> None:
         """Returns when every record is acknowledged, however long brokers are away.

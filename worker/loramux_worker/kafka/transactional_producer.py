@@ -45,9 +45,10 @@ from loramux_worker.kafka.records import OutgoingRecord
 from loramux_worker.kafka.sending import PERMANENT, RecordRefused, enqueue
 
 # How long the transaction of a worker that died keeps readers from what was written after it, and its partitions
-# from being read by another worker.
+# from being read by another worker. Brokers look for such as often as they are told to by
+# transaction.abort.timed.out.transaction.cleanup.interval.ms: every 10 s, if nobody has said so.
 TIMEOUT_MS: Final = 5_000
-SECONDS: Final = 30.0  # after which a transaction is given up
+SECONDS: Final = 6.0  # after which a transaction is given up, as the coordinator does
 NO_EPOCH: Final = -1  # of the partition's leader: nobody looks at it
 STALE: Final = (IllegalGenerationError, UnknownMemberIdError)
 FENCED: Final = (*STALE, ProducerFenced, InvalidProducerEpoch)
@@ -161,9 +162,10 @@ class TransactionalProducer:
         # What ended the transaction is told to those who wait for its end; the others hear of an illegal state.
         end = self._producer._txn_manager.wait_for_transaction_end()
         if end is not None and end.done() and not end.cancelled() and (cause := end.exception()) is not None:
-            error = cause
+            error = cause if cause.__cause__ is None else cause.__cause__
         if isinstance(error, TopicAuthorizationFailedError):
-            forbidden = next((record for record in records if record.topic in error.args[0]), None)
+            topics = {error.args[0]} if isinstance(error.args[0], str) else error.args[0]
+            forbidden = next((record for record in records if record.topic in topics), None)
             refused = None if forbidden is None else RecordRefused(forbidden, "this worker may not write to it")
             return TransactionFailed(explain(error), refused=refused)
         return TransactionFailed(explain(error), fenced=isinstance(error, FENCED))

@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 def transactional_id(group_id: str, topic: str, worker: str) -> str:
-    """The id of a worker's producers; `worker` is nobody else's."""
+    """The id of a worker's producers; `worker` is nobody else's, or two would fence each other."""
     return f"{APPLICATION}.{group_id}.{topic}.{worker}"
 
 
@@ -61,8 +61,12 @@ class Transactions:
         async with self._starting:
             if self._producer is None:
                 producer = TransactionalProducer(self._connection, self._known_as)
-                async with asyncio.timeout(START_SECONDS):
-                    await producer.start()
+                try:
+                    async with asyncio.timeout(START_SECONDS):
+                        await producer.start()
+                except TROUBLE as error:
+                    self.outage.failed("beginning a transaction", error)
+                    raise
                 self._producer = producer
 
     async def commit(
