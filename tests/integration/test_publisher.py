@@ -53,6 +53,16 @@ async def test_places_that_are_not_there_are_refused(kafka: KafkaCluster, kafka_
     assert record.partition == 1
 
 
+async def test_places_that_have_gone_are_found(kafka: KafkaCluster, kafka_topics: Callable[..., str]) -> None:
+    own, private = kafka_topics("replies"), kafka_topics("private")
+    there = [OutgoingRecord(private, None, b"x"), OutgoingRecord(private, None, b"x", partition=0)]
+    gone = [OutgoingRecord(private, None, b"x", partition=1), OutgoingRecord("nobody-made-this", b"k", b"x")]
+    waited_for = OutgoingRecord(own, None, b"x", partition=1)
+    async with publishing(kafka, own) as publisher:
+        assert await publisher.without_place([*there, waited_for, *gone]) == gone
+        assert await publisher.without_place([waited_for]) == []
+
+
 async def test_deltas_keep_their_order_and_dead_letters_their_bytes(
     kafka: KafkaCluster, kafka_topics: Callable[..., str]
 ) -> None:
