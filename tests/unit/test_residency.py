@@ -228,3 +228,25 @@ def test_far_more_adapters_than_room_all_run(tmp_path: Path, engine: Callable[[i
             adapters.forget(done.key)
         elif not admitted:
             subject.wait()
+
+
+def test_the_two_messages_of_one_request_are_one_use(tmp_path: Path, engine: Callable[[int, int], Engine]) -> None:
+    """The prefetch counts; the request that follows finds the adapter, and that is no hit."""
+    subject = engine(8, 8)
+    host, reference = subject.adapters.host, adapter(tmp_path, "a")
+    subject.adapters.prefetch(reference)
+    subject.wait()
+    subject.adapters.expect(reference)
+    assert (host.hits_total, host.misses_total) == (0, 1)
+    subject.adapters.prefetch(reference)
+    subject.adapters.expect(reference)
+    assert (host.hits_total, host.misses_total) == (1, 1)
+
+
+def test_a_request_without_a_prefetch_brings_its_adapter(tmp_path: Path, engine: Callable[[int, int], Engine]) -> None:
+    """An engine that has just started is given the requests of the one that died."""
+    subject = engine(8, 8)
+    reference = adapter(tmp_path, "a")
+    subject.adapters.expect(reference)
+    assert [result.error for result in subject.wait()] == [None]
+    assert subject.adapters.rank(reference.key) == 4

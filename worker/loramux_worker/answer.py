@@ -140,9 +140,9 @@ class Answerer:
         """The adapter, on disk until `leases` ends; its weights begin their way into memory as soon as it is there."""
         if name is None:
             return None
-        self._pool.prefetch(await self._catalog.fetch(name))
         adapter = await self._catalog.acquire(name)
         leases.callback(self._catalog.release, adapter)
+        self._pool.prefetch(adapter)
         structlog.contextvars.bind_contextvars(revision=adapter.revision)
         return adapter
 

@@ -50,11 +50,17 @@ class AdapterResidency:
         Remembers where its files are, so that `rank` can bring it back after an eviction: until `forget`, or until
         very many others were named that no sequence waited for either.
         """
-        self._references[reference.key] = reference
-        self._references.move_to_end(reference.key)
-        if len(self._references) > _MAX_REFERENCES:
-            self._drop_oldest_unwanted_reference()
+        self._remember(reference)
         if self.pool.slot_of(reference.key) is None:
+            self.host.load(reference)
+
+    def expect(self, reference: AdapterReference) -> None:
+        """`prefetch` for a sequence that has come: where it finds the adapter, that is no second use of it.
+
+        Counted twice, whatever is asked for once would seem worth keeping.
+        """
+        self._remember(reference)
+        if self.pool.slot_of(reference.key) is None and self.host.get(reference.key) is None:
             self.host.load(reference)
 
     @property
@@ -129,6 +135,12 @@ class AdapterResidency:
     def close(self) -> None:
         """Stop loading."""
         self.host.close()
+
+    def _remember(self, reference: AdapterReference) -> None:
+        self._references[reference.key] = reference
+        self._references.move_to_end(reference.key)
+        if len(self._references) > _MAX_REFERENCES:
+            self._drop_oldest_unwanted_reference()
 
     def _moved(self, key: AdapterKey, tier: str, seconds: float) -> None:
         if (reference := self._references.get(key)) is not None:  # None: nobody waits for it any longer

@@ -139,7 +139,7 @@ class Engine:
         sequence.most_tokens = max(most, sequence.num_tokens + 1)  # it is here to be given at least one
         sequence.fewest_tokens = min(message.fewest_tokens, sequence.most_tokens - sequence.num_prompt_tokens)
         if message.adapter is not None:
-            self._adapters.prefetch(message.adapter)
+            self._adapters.expect(message.adapter)
             self._users[message.adapter.key] += 1
         self._scheduler.add(sequence)
 
