@@ -11,8 +11,10 @@ import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -52,6 +54,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "phi3": Phi3Config(**_GQA),
     "gpt_neox": GPTNeoXConfig(**_SHAPE),
+    "gpt2": GPT2Config(**_SHAPE),  # layers of Conv1D, learnt positions
 }
 
 _TARGETS: dict[str, list[list[str]]] = {
@@ -61,6 +64,7 @@ _TARGETS: dict[str, list[list[str]]] = {
         ["query_key_value", "dense", "dense_h_to_4h"],
         ["dense_4h_to_h", "lm_head"],
     ],
+    "gpt2": [["c_attn"], ["c_attn", "c_proj", "c_fc"], ["c_fc", "lm_head"], ["mlp.c_proj", "wte"]],
 }
 _LLAMA_TARGETS = [
     ["q_proj", "v_proj"],
@@ -158,7 +162,7 @@ def save_adapter(model: Path, folder: Path, targets: list[str], *, rank: int, se
     tuned.save_pretrained(folder, save_embedding_layers=False)
 
 
-def save_trained_adapter(model: Path, folder: Path, targets: list[str], *, seed: int = 0, **config: Any) -> None:
+def save_trained_adapter(model: Path, folder: Path, targets: list[str] | str, *, seed: int = 0, **config: Any) -> None:
     """Save an adapter all of whose parameters differ from what they begin as."""
     torch.manual_seed(seed)
     lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **config)
@@ -193,10 +197,10 @@ def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
 
 def kv_cache_bytes(model: Path, *, num_blocks: int, block_size: int) -> int:
     """Bytes of a float32 KV cache of that many blocks."""
-    config = json.loads((model / "config.json").read_text())
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return num_blocks * block_size * 2 * config["num_hidden_layers"] * heads * dim * 4
+    config = AutoConfig.from_pretrained(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return num_blocks * block_size * 2 * config.num_hidden_layers * heads * dim * 4
 
 
 def _name(adapter_id: str) -> str:

@@ -21,14 +21,14 @@ from loramux_worker.text.tokenizer import Tokenizer
 from tiny_models import TinyModel, make_model, save_adapter, save_tokenizer, save_trained_adapter
 
 # which of make_model's adapters can be merged: two layers' worth of targets, and where not tied the head and embedding
-MERGEABLE = {"llama": (1, 2, 3), "qwen2": (0, 1), "phi3": (1, 2), "gpt_neox": (1, 2)}
+MERGEABLE = {"llama": (1, 2, 3), "qwen2": (0, 1), "phi3": (1, 2), "gpt_neox": (1, 2), "gpt2": (1,)}
 PROMPT = [65, 66, 67, 68, 69]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
     root = tmp_path_factory.mktemp("merge")
-    counts = {"llama": 4, "qwen2": 4, "phi3": 3, "gpt_neox": 3}
+    counts = {"llama": 4, "qwen2": 4, "phi3": 3, "gpt_neox": 3, "gpt2": 2}
     return {name: make_model(root, name, num_adapters=counts[name]) for name in MERGEABLE}
 
 
@@ -247,6 +247,8 @@ def _save_with_much_more(source: Path, destination: Path, num_bytes: int) -> Non
         ("qwen2", {"targets": ["q_proj"], "use_dora": True, "bias": "all"}),
         ("llama", {"targets": ["q_proj"], "trainable_token_indices": [65, 3, 69]}),
         ("qwen2", {"targets": ["q_proj"], "trainable_token_indices": [65, 66]}),
+        ("gpt2", {"targets": ["c_attn", "c_proj"], "use_dora": True, "bias": "all"}),
+        ("gpt2", {"targets": ["c_attn"], "modules_to_save": ["c_fc", "attn.c_proj"]}),
     ],
 )
 def test_what_an_adapter_has_beside_lora_is_merged_too(

@@ -28,16 +28,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {"targets": ["q_proj"], "trainable_token_indices": [10, 5, 66]},
     "whole-layers": {"targets": ["q_proj"], "modules_to_save": ["mlp"]},
 }
+_CONV1D = ["c_attn", "c_proj", "c_fc"]
+GPT2_KINDS: dict[str, dict[str, Any]] = {
+    "all-linear": {"targets": "all-linear", "bias": "all"},
+    "patterns": {"targets": _CONV1D, "rank_pattern": {"attn.c_proj": 7}, "alpha_pattern": {"c_fc": 3}},
+    "dora": {"targets": _CONV1D, "use_dora": True},
+    "dora-bias": {"targets": ["c_attn", "lm_head"], "use_dora": True, "bias": "lora_only"},
+    "tokens": {"targets": ["c_proj"], "trainable_token_indices": [10, 5, 66]},
+    "whole-layers": {"targets": ["c_attn"], "modules_to_save": ["mlp", "attn.c_proj", "ln_f"]},
+}
 NEW_TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3", "gpt2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     made = make_model(tmp_path_factory.mktemp("model"), request.param, num_adapters=2)
-    for number, (kind, settings) in enumerate(KINDS.items()):
-        settings = dict(settings)
-        save_trained_adapter(made.path, made.adapters / kind, settings.pop("targets"), seed=number, **settings)
-    return replace(made, adapter_ids=(*made.adapter_ids, *KINDS))
+    kinds = GPT2_KINDS if request.param == "gpt2" else KINDS
+    for number, (kind, settings) in enumerate(kinds.items()):
+        save_trained_adapter(made.path, made.adapters / kind, seed=number, **settings)
+    return replace(made, adapter_ids=(*made.adapter_ids, *kinds))
 
 
 def expected_tokens(model: TinyModel, adapter_id: str | None, prompt: list[int]) -> list[int]:
@@ -68,7 +77,7 @@ def test_tokens_equal_peft(model: TinyModel, device: str) -> None:
 
 
 def test_what_a_dora_lacks_is_named(model: TinyModel, tmp_path: Path) -> None:
-    save_adapter(model.path, tmp_path / "plain", ["q_proj"], rank=2)
+    save_adapter(model.path, tmp_path / "plain", ["q_proj", "c_attn"], rank=2)
     config = tmp_path / "plain" / "adapter_config.json"
     config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
     recorder = Recorder(model, "cpu")
@@ -83,6 +92,16 @@ def test_what_lies_along_an_unknown_axis_is_refused(tmp_path: Path) -> None:
     recorder.run([Submit(1, [5, 6], SamplingParameters(2), AdapterReference("own", "r", str(tmp_path / "own")))])
     assert recorder.failures[1].code == "adapter_invalid"
     assert "its own 'model.layers.0.self_attn.q_norm.weight'" in recorder.failures[1].message
+
+
+@pytest.mark.parametrize("settings", [{"targets": ["wpe"]}, {"targets": ["c_attn"], "modules_to_save": ["wpe"]}])
+def test_learnt_positions_of_its_own_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    made = make_model(tmp_path, "gpt2", num_adapters=0)
+    save_trained_adapter(made.path, tmp_path / "own", **settings)
+    recorder = Recorder(made, "cpu")
+    recorder.run([Submit(1, [5, 6], SamplingParameters(2), AdapterReference("own", "r", str(tmp_path / "own")))])
+    assert recorder.failures[1].code == "adapter_invalid"
+    assert "transformer.wpe" in recorder.failures[1].message
 
 
 def test_trained_tokens_of_equal_and_missing_ids() -> None:

@@ -106,6 +106,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
     "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "a flag that PEFT corrects": {"target_modules": ["q_proj", "embed_tokens"], "fan_in_fan_out": True},
 }
 
 

@@ -46,7 +46,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"trainable_token_indices": [1, 1]}, "not free of repetitions"),
     ({"trainable_token_indices": [100_000]}, "has 100000, the model"),
     ({"lora_bias": True}, "lora_bias"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts"]}, "target_parameters"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),

@@ -20,7 +20,6 @@ _OUTPUT_HEADS = ("lm_head", "embed_out")  # PEFT's all-linear leaves the output 
 # Fields that change what the adapter computes, in a way that is not served (yet).
 _REFUSED = {
     "lora_bias": "a bias on lora_B",
-    "fan_in_fan_out": "weights stored as (fan_in, fan_out)",
     "layer_replication": "replicated layers",
     "target_parameters": "LoRA on parameters that are no module of their own",
     "ensure_weight_tying": "adapters tied between embedding and output head",
@@ -44,6 +43,7 @@ _INERT = frozenset(
         "auto_mapping",
         "corda_config",
         "eva_config",
+        "fan_in_fan_out",  # PEFT goes by the module's class, and corrects a flag that says otherwise
         "inference_mode",
         "loftq_config",
         "lora_dropout",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 from loramux_worker.model.context import OwnRun, StepContext, StepLora
@@ -15,13 +16,19 @@ from loramux_worker.model.own_layers import own_vectors, replace_linear_, replac
 class LoraLinear(nn.Linear):
     """An `nn.Linear` that shares the base layer's parameters and adds each row's adapter."""
 
-    def __init__(self, base: nn.Linear, name: str, target: int, context: StepContext) -> None:
+    fan_in_fan_out = False
+
+    def __init__(self, base: nn.Linear | Conv1D, name: str, target: int, context: StepContext) -> None:
         nn.Module.__init__(self)  # the parameters exist already: nothing to initialise
         self.name = name
-        self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.out_features, self.in_features = self.matrix(base.weight).shape
         self.target = target
         self.context = context
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's, however such are stored, as [out_features, in_features]."""
+        return weight.t() if self.fan_in_fan_out else weight
 
     def lora(self) -> StepLora | None:
         """The adapters of this layer's rows in the current batch."""
@@ -39,7 +46,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """x [..., in_features] → [..., out_features]; the leading axes are the rows of the packed batch."""
-        out = F.linear(input, self.weight, self.bias)
+        out = F.linear(input, self.matrix(self.weight), self.bias)
         rows, x, own = out.view(-1, self.out_features), input.reshape(-1, self.in_features), self.own()
         for run in own:
             self.replace_(rows, x, run)
@@ -48,6 +55,12 @@ class LoraLinear(nn.Linear):
         for run in own:
             scale_linear_(rows, self, run)
         return out
+
+
+class LoraConv1D(LoraLinear):
+    """The same of GPT-2's `Conv1D`, a linear layer whose weight is stored as [in_features, out_features]."""
+
+    fan_in_fan_out = True
 
 
 class LoraHead(LoraLinear):
@@ -107,6 +120,9 @@ class LoraEmbedding(nn.Module):
         return out
 
 
+_LINEARS: dict[type, type[LoraLinear]] = {nn.Linear: LoraLinear, Conv1D: LoraConv1D}
+
+
 def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModule, ...]:
     """Replace every linear and the token embedding of `model`; returns the targets in their order.
 
@@ -118,16 +134,18 @@ def add_lora_layers(model: nn.Module, context: StepContext) -> tuple[TargetModul
     targets: list[TargetModule] = []
     named = list(model.named_modules())
     for name, module in named:
-        if type(module) is nn.Linear:
-            layer = LoraHead if module is head else LoraLinear
-            replacement: nn.Module = layer(module, name, len(targets), context)
-            kind, shape = TargetKind.LINEAR, (module.in_features, module.out_features)
+        replacement: LoraLinear | LoraEmbedding
+        if (layer := _LINEARS.get(type(module))) is not None:
+            layer = LoraHead if module is head else layer
+            replacement = layer(module, name, len(targets), context)
+            shape = (replacement.in_features, replacement.out_features)
+            targets.append(TargetModule(name, TargetKind.LINEAR, *shape, layer.fan_in_fan_out))
         elif module is embedding and isinstance(module, nn.Embedding):
             replacement = LoraEmbedding(module, name, len(targets), context)
-            kind, shape = TargetKind.EMBEDDING, (module.num_embeddings, module.embedding_dim)
+            shape = (module.num_embeddings, module.embedding_dim)
+            targets.append(TargetModule(name, TargetKind.EMBEDDING, *shape))
         else:
             continue
-        targets.append(TargetModule(name, kind, *shape))
         if isinstance(replacement, LoraHead) and module.weight is embedding.weight:
             replacement.tied_to = next(other for other, each in named if each is embedding)
         parent, _, attribute = name.rpartition(".")

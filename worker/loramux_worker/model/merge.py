@@ -1,8 +1,9 @@
 """Bake one adapter into a copy of the base model, a few rows at a time.
 
 Every file of the copy has the name and the tensors of its original. A weight W [out, in] of a module that the adapter
-touches becomes W + Bᵀ·A, with DoRA's magnitudes as the norms of its rows, computed in float32 and rounded once. What
-the adapter has of its own takes the place of the model's; everything else is copied as it is.
+touches becomes W + Bᵀ·A, with DoRA's magnitudes as the norms of its rows, computed in float32 and rounded once; one
+that is stored as [in, out] is read twice for a DoRA, whose norms are then those of columns. What the adapter has of its
+own takes the place of the model's; everything else is copied as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from loramux_worker.adapters.layout import MAGNITUDE, TRAINED_TOKENS
 from loramux_worker.adapters.peft_format import AdapterWeights, ModuleWeights
-from loramux_worker.adapters.targets import TargetKind
+from loramux_worker.adapters.targets import TargetKind, TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.checkpoint import FLOATS, INDEX_FILE, Shard, StoredTensor
 from loramux_worker.model.skeleton import ModelSkeleton
@@ -133,7 +135,8 @@ def _changes(skeleton: ModelSkeleton, adapter: AdapterWeights) -> Mapping[str, C
         target = skeleton.targets[module.target]
         if skeleton.is_tied and target.name in edges:
             raise _ties(target.name)
-        changes[skeleton.weight_of(target).name] = _sum(module, target.kind, magnitudes.get(target.name))
+        weight = skeleton.weight_of(target)
+        changes[weight.name] = _sum(weight, module, target, magnitudes.get(target.name))
     for tensor, values in adapter.own:
         if tensor.parameter == MAGNITUDE:
             continue
@@ -153,19 +156,37 @@ def _ties(name: str) -> ConfigurationError:
     )
 
 
-def _sum(module: ModuleWeights, kind: TargetKind, magnitude: Tensor | None) -> Change:
-    # a [rank, in], b [rank, out] with the scaling in it; a linear's weight is [out, in], an embedding's [in, out]
-    left, right = (module.b, module.a) if kind is TargetKind.LINEAR else (module.a, module.b)
+def _sum(weight: StoredTensor, module: ModuleWeights, target: TargetModule, magnitude: Tensor | None) -> Change:
+    # a [rank, in], b [rank, out] with the scaling in it; the weight's rows are outputs, or else inputs
+    has_rows_of_inputs = target.fan_in_fan_out or target.kind is TargetKind.EMBEDDING
+    left, right = (module.a, module.b) if has_rows_of_inputs else (module.b, module.a)
 
+    def add(rows: Tensor, first: int) -> Tensor:
+        return rows + left[:, first : first + rows.shape[0]].t() @ right
+
+    if magnitude is None:
+        return add
+    return _scaled_columns(weight, add, magnitude) if has_rows_of_inputs else _scaled_rows(add, magnitude)
+
+
+def _scaled_rows(add: Change, magnitude: Tensor) -> Change:
     def change(rows: Tensor, first: int) -> Tensor:
-        end = first + rows.shape[0]
-        rows = rows + left[:, first:end].t() @ right
-        if magnitude is None:
-            return rows
+        rows = add(rows, first)
         norms: Tensor = torch.linalg.norm(rows, dim=1)
-        return rows * (magnitude[first:end] / norms)[:, None]
+        return rows * (magnitude[first : first + rows.shape[0]] / norms)[:, None]
 
     return change
+
+
+def _scaled_columns(weight: StoredTensor, add: Change, magnitude: Tensor) -> Change:
+    @cache
+    def scale() -> Tensor:
+        squares = torch.zeros_like(magnitude)
+        for rows, first in _rows(weight):
+            squares += add(rows, first).square().sum(dim=0)
+        return magnitude / squares.sqrt()
+
+    return lambda rows, first: add(rows, first) * scale()
 
 
 def _tokens(token_ids: tuple[int, ...], vectors: Tensor) -> Change:
@@ -186,14 +207,19 @@ def _own(values: Tensor) -> Change:
 
 def _sums(tensor: StoredTensor, change: Change | None) -> Iterator[Tensor]:
     """The elements of what W becomes in order, float32 where it changes."""
-    row = 0
+    if change is None:
+        yield from tensor.floats(PIECE_ELEMENTS)
+    else:
+        yield from (change(rows, first).reshape(-1) for rows, first in _rows(tensor))
+
+
+def _rows(tensor: StoredTensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows in float32, some at a time, each with the number of the first."""
+    first = 0
     for piece in tensor.floats(PIECE_ELEMENTS):
-        if change is None:
-            yield piece
-            continue
         rows = piece.float().view(-1, math.prod(tensor.shape[1:]))
-        yield change(rows, row).reshape(-1)
-        row += rows.shape[0]
+        yield rows, first
+        first += rows.shape[0]
 
 
 def _copy_other_files(source: Path, destination: Path) -> None:

@@ -20,7 +20,7 @@ def replace_linear_(out: Tensor, x: Tensor, layer: LoraLinear, run: OwnRun) -> N
     """Compute a run's rows of out [rows, out_features] again where its adapter has its own weight or bias."""
     if own := run.own.parameters(layer.name):
         weight, bias = own.get("weight", layer.weight), own.get("bias", layer.bias)
-        out[run.start : run.end] = F.linear(x[run.start : run.end], weight, bias)
+        out[run.start : run.end] = F.linear(x[run.start : run.end], layer.matrix(weight), bias)
 
 
 def replace_tied_tokens_(out: Tensor, x: Tensor, layer: LoraLinear, embedding: str, run: OwnRun) -> None:
@@ -43,7 +43,7 @@ def own_vectors(ids: Tensor, weight: Tensor, name: str, run: OwnRun) -> Tensor |
 def scale_linear_(out: Tensor, layer: LoraLinear, run: OwnRun) -> None:
     """Scale a run's rows of out [rows, out_features], LoRA included and bias not, where its adapter is a DoRA."""
     tile = run.tiles[layer.target]
-    if tile is None or (scale := run.own.scale(layer.name, layer.weight, *tile)) is None:
+    if tile is None or (scale := run.own.scale(layer.name, layer.matrix(layer.weight), *tile)) is None:
         return
     rows, bias = out[run.start : run.end], run.own.parameters(layer.name).get("bias", layer.bias)
     if bias is not None:
