@@ -38,7 +38,6 @@ class Client:
         async with Client("localhost:9092") as client:
             reply = await client.generate("Hello", adapter_id="acme/support", max_new_tokens=32)
 
-    One client serves any number of concurrent requests of one event loop. It reads the replies topic from its
     One client serves any number of concurrent requests of one event loop. It reads the replies topic from its end on,
     without a consumer group, so any number share the topics. It outlives its brokers; how to outlive it, see `resume`.
 

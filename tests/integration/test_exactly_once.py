@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient, CoordinationType
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from intake_rig import Worker, connection, offsets
+from delivery_rig import Member, ask, each_answered_once, joined
+from intake_rig import connection, offsets
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka import outbox, transactional_producer
 from loramux_worker.kafka.embedded import EmbeddedBroker
-from loramux_worker.kafka.exactly_once import ExactlyOnce
-from loramux_worker.kafka.publisher import Publisher
-from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
 from loramux_worker.kafka.transactional_producer import TransactionalProducer, TransactionFailed
 from loramux_worker.kafka.transactions import require_transactions
@@ -27,75 +22,6 @@ from services.kafka import KafkaCluster
 pytestmark = pytest.mark.kafka
 
 SECONDS = 30.0
-
-
-class Member(Worker):
-    """One worker's Kafka side; it answers what it is told to."""
-
-    def __init__(self, kafka: KafkaCluster, requests: str, replies: str, *, heartbeat_seconds: float = 1.0) -> None:
-        self.replies = replies
-        self.publisher = Publisher(connection(kafka), topics=[replies])
-        self.delivery = ExactlyOnce(connection(kafka), topic=requests, group_id=requests, publisher=self.publisher)
-        self.answering: dict[asyncio.Task[None], Record] = {}
-        super().__init__(kafka, requests, self.delivery, session_timeout=6.0 * heartbeat_seconds)
-        self.intake._options["heartbeat_interval_ms"] = int(heartbeat_seconds * 1000)
-
-    def lose(self, lost: Collection[tuple[int, int]]) -> None:
-        super().lose(lost)
-        for task, record in self.answering.items():
-            if (record.partition, record.epoch) in lost:
-                task.cancel()
-
-    def answer(self, record: Record, value: bytes | None = None, topic: str | None = None) -> asyncio.Task[None]:
-        """Begins to answer with what was asked."""
-        reply = OutgoingRecord(topic or self.replies, record.value, value or record.value)
-        task = asyncio.create_task(self.delivery.complete(record, [reply]))
-        self.answering[task] = record
-        return task
-
-    async def until_idle(self) -> None:
-        """Until lag is 0; what was answered before is still to be passed."""
-        await self.until(lambda: bool(self.intake.assigned) and not any(self.intake.lag().values()))
-
-
-@asynccontextmanager
-async def joined(member: Member) -> AsyncIterator[Member]:
-    """The member from joining to leaving."""
-    async with AsyncExitStack() as stack:
-        await member.publisher.start()
-        stack.push_async_callback(member.publisher.close)
-        await member.intake.start()
-        stack.push_async_callback(member.intake.close)
-        yield member
-
-
-async def ask(kafka: KafkaCluster, topic: str, values: Iterable[int], partition: int | None = None) -> None:
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
-        for value in values:
-            await producer.send(topic, str(value).encode(), partition=partition)
-        await producer.flush()
-
-
-async def answers(kafka: KafkaCluster, topic: str) -> Counter[int]:
-    """What a read_committed reader finds, by value."""
-    async with AIOKafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap_servers, isolation_level="read_committed", auto_offset_reset="earliest"
-    ) as consumer:
-        names = consumer.assignment()
-        ends = await consumer.end_offsets(names)
-        found: Counter[int] = Counter()
-        async with asyncio.timeout(SECONDS):
-            while any([await consumer.position(name) < ends[name] for name in names]):
-                for messages in (await consumer.getmany(timeout_ms=200)).values():
-                    found.update(int(message.value) for message in messages)
-        return found
-
-
-async def each_answered_once(kafka: KafkaCluster, topic: str, values: Iterable[int]) -> None:
-    """A commit is seen a moment after it is acknowledged: looks until just these values are there, once each."""
-    async with asyncio.timeout(SECONDS):
-        while await answers(kafka, topic) != Counter(values):  # noqa: ASYNC110 - the broker tells nobody
-            await asyncio.sleep(0.05)
 
 
 async def dismiss(kafka: KafkaCluster, member: Member, group_id: str) -> None:
@@ -241,10 +167,15 @@ async def test_an_answer_that_the_broker_refuses_harms_no_other(kafka: KafkaClus
     await each_answered_once(kafka, replies, range(10))
 
 
-async def test_partitions_move_under_load(kafka: KafkaCluster, topics: tuple[str, str]) -> None:
-    """A second worker comes and goes: what comes back to the first goes on, and nothing is answered twice."""
-    requests, replies = topics
-    await ask(kafka, requests, range(400))
+async def test_one_worker_becomes_four_and_one_again_under_load(kafka: KafkaCluster, kafka_topics) -> None:
+    """What comes back to the first goes on, and nothing is answered twice."""
+    requests, replies = kafka_topics("requests", partitions=8), kafka_topics("replies", partitions=2)
+    asked = 0
+
+    async def ask_more(count: int) -> None:
+        nonlocal asked
+        await ask(kafka, requests, range(asked, asked + count))
+        asked += count
 
     async def work(member: Member, until: asyncio.Event) -> None:
         while not until.is_set():
@@ -253,25 +184,28 @@ async def test_partitions_move_under_load(kafka: KafkaCluster, topics: tuple[str
                 member.answer(record)
         await asyncio.wait(member.answering)
 
+    async def help_out(member: Member, until: asyncio.Event) -> None:
+        async with joined(member):
+            await work(member, until)
+
+    await ask_more(400)
     done, gone = asyncio.Event(), asyncio.Event()
     async with joined(Member(kafka, requests, replies)) as first:
         working = asyncio.create_task(work(first, done))
-        async with joined(Member(kafka, requests, replies)) as second:
-            helping = asyncio.create_task(work(second, gone))
-            asked = 400
-            while not second.answering:  # the first is quick: there has to be something left
-                await ask(kafka, requests, range(asked, asked + 20))
-                asked += 20
-                assert asked < 20_000
-            gone.set()
-            await helping
-        await asyncio.sleep(0.2)
-        await ask(kafka, requests, range(asked, asked + 100))
-        await each_answered_once(kafka, replies, range(asked + 100))
+        others = [Member(kafka, requests, replies) for _ in range(3)]
+        helping = [asyncio.create_task(help_out(member, gone)) for member in others]
+        while not all(member.answering for member in others):  # they are quick: there has to be something left
+            await ask_more(20)
+            assert asked < 20_000
+        gone.set()
+        await asyncio.gather(*helping)
+        await ask_more(100)
+        await each_answered_once(kafka, replies, range(asked))
         done.set()
         await working
         await first.until_idle()
-    await each_answered_once(kafka, replies, range(asked + 100))
+        assert len(first.intake.assigned) == 8
+    await each_answered_once(kafka, replies, range(asked))
 
 
 async def test_a_broker_that_comes_back_finds_the_answers_waiting() -> None:

@@ -11,9 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -24,10 +22,11 @@ from loramux_schemas import KafkaConnection
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.kafka.connecting import started_admin
 from services.kafka import KafkaCluster
-from services.kafka_security import WireSecurity, unsigned_token
+from services.kafka_security import WireSecurity
 from services.serving import new_topics
 from services.worker import WorkerProcess
-from tiny_models import TinyModel, make_model
+from tiny_models import make_model
+from wire_rig import Secured, Token, TokenEndpoint, settings
 
 pytestmark = pytest.mark.kafka
 
@@ -35,39 +34,10 @@ STARTUP_TIMEOUT = 30.0
 AT_ONCE = 20.0  # seconds for all refusals of this file, on a busy machine: one takes less than one
 
 
-@dataclass(frozen=True)
-class Token:
-    """A provider of unsigned tokens."""
-
-    lifetime: float = 60.0
-    scope: str = "kafka"
-
-    async def token(self) -> str:
-        return unsigned_token(self.lifetime, scope=self.scope)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
     with KafkaCluster(security=WireSecurity(tmp_path_factory.mktemp("security"))) as secured:
         yield secured
-
-
-def settings(cluster: KafkaCluster, mechanism: str = "SCRAM-SHA-512", **changes: Any) -> dict[str, Any]:
-    """Settings that the broker takes, and what is changed of them; None removes one."""
-    security = cluster.security
-    assert security is not None
-    right: dict[str, Any] = {"ssl_cafile": str(security.ca_file)}
-    if mechanism == "mutual TLS":
-        right |= {"bootstrap_servers": cluster.servers("SSL"), "security_protocol": "SSL"}
-        right |= {"ssl_certfile": str(security.client_file)}
-    else:
-        right |= {"bootstrap_servers": cluster.servers("SASL_SSL"), "security_protocol": "SASL_SSL"}
-        right |= {"sasl_mechanism": mechanism}
-        if mechanism == "OAUTHBEARER":
-            right |= {"sasl_oauth_token_provider": Token()}
-        else:
-            right |= {"sasl_username": "alice", "sasl_password": security.users["alice"]}
-    return {name: value for name, value in {**right, **changes}.items() if value is not None}
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "mutual TLS"])
@@ -142,22 +112,6 @@ async def all_closed(seconds: float = 10.0) -> None:
         await asyncio.sleep(0.01)
 
 
-class TokenEndpoint(BaseHTTPRequestHandler):
-    """Gives tokens that live for a second and a half."""
-
-    server: Any
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.given += 1
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"access_token": unsigned_token(1.5), "expires_in": 1.5}).encode())
-
-    def log_message(self, *_: Any) -> None:
-        """Silence."""
-
-
 async def test_records_flow_on_while_tokens_expire(cluster: KafkaCluster) -> None:
     """The broker hangs up on a connection whose token has expired; the next one has a new token."""
     cluster.create_topic("expiring")
@@ -188,25 +142,6 @@ async def test_records_flow_on_while_tokens_expire(cluster: KafkaCluster) -> Non
         thread.join()
     assert received == [str(i).encode() for i in range(12)]
     assert 3 <= endpoint.given <= 8  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Secured:
-    """A worker that is reached by TLS and SCRAM, and decides by tenants."""
-
-    cluster: KafkaCluster
-    worker: WorkerProcess
-    model: TinyModel
-    topics: dict[str, str]
-    tenants: Path
-
-    def client(self, mechanism: str = "SCRAM-SHA-256", **options: Any) -> Client:
-        """A client of a tenant or of none, not started."""
-        names = ("requests_topic", "replies_topic", "stream_topic")
-        topics = {name: self.topics[name] for name in names}
-        return Client(
-            connection=KafkaConnection(**settings(self.cluster, mechanism)), **topics, timeout=60.0, **options
-        )
 
 
 @pytest.fixture(scope="module")

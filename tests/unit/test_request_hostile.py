@@ -11,6 +11,38 @@ from hypothesis import strategies as st
 
 from loramux_schemas import InvalidRequest, Parameters, Request, UnparseableMessage
 
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        b"",
+        b" ",
+        b"hello",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"7",
+        b"{}",
+        b'{"request_id": null, "prompt": "x"}',
+        b'{"request_id": 5}',
+        b'{"request_id": "\\ud800"}',
+        b'{"request_id": "r", "prompt": "x"',
+        b'{"request_id": "r",}',
+        b'\xef\xbb\xbf{"request_id": "r"}',
+        b'{"request_id": "r", "prompt": "\xff"}',
+        b'{"request_id": "r", "prompt": "\xed\xa0\x80"}',
+        '{"request_id": "r", "prompt": "x"}'.encode("utf-16"),
+        b'{"request_id": "' + b"r" * 5000 + b'"}',
+    ],
+)
+def test_what_is_no_request_at_all(value: bytes | None) -> None:
+    with pytest.raises(UnparseableMessage) as caught:
+        Request.from_json(value)
+    assert caught.value.reason
+    assert caught.value.reason.isprintable()
+
+
 MEGABYTES = 10_000_000
 HEAD = b'{"request_id": "r", '
 
