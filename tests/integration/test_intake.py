@@ -143,6 +143,22 @@ async def test_lag_is_zero_behind_transaction_markers(kafka: KafkaCluster, kafka
     assert (await committed(connection(kafka), topic, topic, [0]))[0] == (6, "")
 
 
+async def test_a_request_of_an_aborted_transaction_was_never_asked(
+    kafka: KafkaCluster, kafka_topics: Callable[..., str]
+) -> None:
+    topic = kafka_topics("requests")
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=topic) as producer:
+        await producer.begin_transaction()
+        await producer.send_and_wait(topic, b"changed my mind", partition=0)
+        await producer.abort_transaction()
+    await produce(kafka, topic, 1)
+    async with working(kafka, topic) as worker:
+        [record] = await worker.take(1)
+        assert record.value == b"0"
+        worker.intake.done(record)
+        await worker.until(lambda: worker.intake.lag() == {0: 0})
+
+
 async def test_a_broker_restart_is_waited_for(kafka: KafkaCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "WATCH_SECONDS", 1.0)
     with KafkaCluster() as own:  # `kafka` is asked for only so that a missing Kafka is told once

@@ -12,14 +12,13 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from loramux_schemas import KafkaConnection
 from loramux_worker.kafka import exactly_once, outbox, transactions
 from loramux_worker.kafka.assignment import Assignment
 from loramux_worker.kafka.exactly_once import ExactlyOnce
 from loramux_worker.kafka.group_offsets import Commit, Membership, OffsetsUnstable
 from loramux_worker.kafka.records import OutgoingRecord, Record
 from loramux_worker.kafka.sending import RecordRefused
-from loramux_worker.kafka.transactional_producer import TransactionalProducer, TransactionFailed
+from loramux_worker.kafka.transactional_producer import TransactionFailed
 
 
 class Cluster:
@@ -236,15 +235,6 @@ async def test_a_transaction_that_fails_after_a_rebalance_is_settled_once(
     await asyncio.wait_for(answer, 5.0)
     await asyncio.sleep(0.3)
     assert [len(records) for records in cluster.sent] == [1, 1], "one that failed, and one"
-
-
-async def test_a_worker_that_is_in_no_group_commits_nothing() -> None:
-    """A broker takes offsets from a client that names no member, for the sake of old ones."""
-    producer = TransactionalProducer(KafkaConnection(bootstrap_servers="127.0.0.1:1"), "loramux.g.t.w")
-    with pytest.raises(TransactionFailed, match="in no group") as failed:
-        await producer.commit([], {}, "g", Membership(-1, ""))
-    await producer.close()
-    assert failed.value.fenced
 
 
 async def test_what_waits_for_a_topic_that_has_gone_is_refused_and_the_others_go(
