@@ -1,10 +1,9 @@
 """What one worker's `/metrics` would say of its tiers after a trace, with many requests in flight.
 
-`WorkerTiers` says where each request's adapter is when requests come one by one. A worker counts more: the front looks
-on disk twice, before it waits for the files and when it leases them, and a look while they are downloaded is a miss;
-the engine is told twice too, and looks on the host whenever the pool has nothing, where a load under way counts once.
-The pool is asked when a request runs. Those that wait are admitted in the order of service, all of an adapter's at
-once; what runs is not evicted, and what is waited for last.
+`WorkerTiers` says where each request's adapter is when requests come one by one. In a worker they come together: a look
+on disk while the files are downloaded is a miss; the host tier is asked whenever the pool has nothing, and a look while
+the adapter is being read counts as neither. The pool is asked when a request runs. Those that wait are admitted in the
+order of service, all of an adapter's at once; what runs is not evicted, and what is waited for last.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ class WorkerMetrics:
         self._at_once = at_once
         self._looks: Counter[tuple[str, bool]] = Counter()
         self._downloading: list[int] = []
+        self._reading: set[int] = set()
         self._waiting: Counter[int] = Counter()
         self._running: deque[tuple[int, int]] = deque()  # (the step in which it ends, adapter)
         self._pins: Counter[int] = Counter()
@@ -37,6 +37,7 @@ class WorkerMetrics:
             while self._running and self._running[0][0] <= step:
                 self._pins[self._running.popleft()[1]] -= 1
             arrived, self._downloading = self._downloading, []
+            self._reading.clear()
             for adapter in arrived:
                 self._prefetch(adapter)
             in_flight = len(self._running) + self._waiting.total() + len(self._downloading)
@@ -52,7 +53,6 @@ class WorkerMetrics:
     def _come(self, adapter: int) -> None:
         here = self._disk.use(adapter) and adapter not in self._downloading
         self._looks["disk", here] += 1
-        self._looks["disk", True] += 1
         if here:
             self._prefetch(adapter)
         else:
@@ -61,8 +61,10 @@ class WorkerMetrics:
     def _prefetch(self, adapter: int) -> None:
         if adapter not in self._gpu:
             here = self._host.use(adapter, lambda other: not self._waiting[other])
-            self._looks["host", here] += 1
-            self._looks["host", True] += here
+            if not here:
+                self._reading.add(adapter)
+            if not here or adapter not in self._reading:
+                self._looks["host", here] += 1
         if not self._waiting[adapter] and not self._pins[adapter]:  # it was idle: lifted to the least of the others
             least = min((self._served[other] for other in self._waiting if self._waiting[other]), default=0)
             self._served[adapter] = max(self._served[adapter], least)

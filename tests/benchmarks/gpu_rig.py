@@ -104,10 +104,11 @@ class Rig:
         return references
 
     def evict_adapters(self) -> None:
-        """Empty the pool; nothing may be running."""
-        pool = self.parts.adapters.pool
+        """Empty pool and host tier; nothing may be running."""
+        pool, host = self.parts.adapters.pool, self.parts.adapters.host
         for key in list(pool.keys()):
             pool.evict(key)
+            host.drop(key)
 
     def submit(self, count: int, prompt: int, new: int, adapters: Sequence[AdapterReference | None]) -> None:
         """Greedy requests that run to their length; adapters are taken in turn."""

@@ -1,4 +1,4 @@
-"""Where a decode step's time goes on the device, by kernel."""
+"""Where a step's time goes on the device, by kernel: of decode steps, and of a prefill."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def profile_steps(rig: Rig, batches: Sequence[int], mixes: dict[str, Any]) -> li
     Kernels overlap (programmatic dependent launch), and one that waits for the kernel in front of it counts its wait:
     so they may add up to more than the whole.
     """
-    cases = [(batch, mix) for batch in batches for mix in mixes]
+    cases = [("decode", batch, mix) for batch in batches for mix in mixes] + [("prefill", 64, mix) for mix in mixes]
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:  # a second one in a process sees no graphs
-        for batch, mix in cases:
-            rig.submit(batch, 64, 64, mixes[mix])
-            rig.drain(most_steps=16 + batch * 64 // 4096)
+        for what, batch, mix in cases:
+            if what == "decode":
+                rig.submit(batch, 64, 64, mixes[mix])
+                rig.drain(most_steps=16 + batch * 64 // 4096)
+            else:
+                rig.submit(batch, 64, 1, mixes[mix])
+                rig.drain()
+                rig.submit(batch, 64, 1, mixes[mix])
             torch.cuda._sleep(1000)
             rig.drain(most_steps=_STEPS)
             torch.cuda._sleep(1000)
@@ -34,18 +39,21 @@ def profile_steps(rig: Rig, batches: Sequence[int], mixes: dict[str, Any]) -> li
     events.sort(key=lambda event: event.time_range.start)
     marks = [i for i, event in enumerate(events) if "spin_kernel" in event.name]
     pieces = [events[first + 1 : last] for first, last in zip(marks[::2], marks[1::2], strict=True)]
-    return [{"batch": batch, "mix": mix, **_figures(piece)} for (batch, mix), piece in zip(cases, pieces, strict=True)]
+    return [
+        {"step": what, "batch": batch, "mix": mix, **_figures(piece, _STEPS if what == "decode" else 1)}
+        for (what, batch, mix), piece in zip(cases, pieces, strict=True)
+    ]
 
 
-def _figures(kernels: Sequence[Any]) -> dict[str, Any]:
+def _figures(kernels: Sequence[Any], steps: int) -> dict[str, Any]:
     spent: Counter[str] = Counter()
     for event in kernels:
         spent[_short(event.name)] += event.time_range.elapsed_us()
     took = kernels[-1].time_range.end - kernels[0].time_range.start
     return {
-        "step_us": round(took / _STEPS),
-        "launches": round(len(kernels) / _STEPS),
-        "by_kernel_us": {name: round(time / _STEPS) for name, time in spent.most_common(_SHOWN)},
+        "step_us": round(took / steps),
+        "launches": round(len(kernels) / steps),
+        "by_kernel_us": {name: round(time / steps) for name, time in spent.most_common(_SHOWN)},
     }
 
 
