@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from adapters_cli import SilentServer, run
 from bad_adapters import CONFIG, WEIGHTS, make_bad_adapters
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.base_weights import BaseWeights
-from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+from loramux_worker.adapters.peft_format import read_adapter
 from loramux_worker.adapters.revisions import digest_folder, revision_of
 from loramux_worker.errors import RequestFailed
 from loramux_worker.model.loader import load_model

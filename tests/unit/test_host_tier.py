@@ -14,8 +14,9 @@ import torch
 from adapter_folders import TARGETS, config, linear, make_adapter, weights, write
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters import host as host_module
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.host import HostTier, LoadResult
-from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+from loramux_worker.adapters.peft_format import read_adapter
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.engine.protocol import AdapterReference
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapter_folders import PREFIX, TARGETS, config, linear, weights, write
+from loramux_worker.adapters.adapter_plan import AdapterLimits, AdapterPlans
 from loramux_worker.adapters.base_weights import BaseWeights
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.layout import ALIGNMENT, AdapterLayout
-from loramux_worker.adapters.peft_format import AdapterFiles, AdapterLimits, AdapterWeights, read_adapter
+from loramux_worker.adapters.peft_format import AdapterFiles, AdapterWeights, read_adapter
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 
 LIMITS = AdapterLimits(max_rank=64, dtype=torch.float32)
@@ -163,7 +164,7 @@ def test_other_forms_of_keys(tmp_path: Path, rename: Callable[[str], str]) -> No
 def test_layout_is_tight_aligned_and_keeps_siblings_adjacent(tmp_path: Path) -> None:
     names = ["embed_tokens", "q_proj", "k_proj", "v_proj", "lm_head"]
     tensors = weights(TARGETS, 3, names, seed=3)
-    with AdapterFiles(write(tmp_path, config(3, names), tensors), TARGETS, LIMITS) as files:
+    with AdapterFiles(write(tmp_path, config(3, names), tensors), AdapterPlans(TARGETS, LIMITS)) as files:
         layout = files.layout
     ends = []
     for offset, size in sorted(

@@ -18,9 +18,10 @@ from peft.utils.other import get_pattern_key
 
 from adapter_folders import TARGETS, config, weights, write
 from loramux_worker.adapters.adapter_config import AdapterConfig
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.name_patterns import PatternMatcher
-from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+from loramux_worker.adapters.peft_format import read_adapter
 
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 GOOD = config(4, ["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 4}, use_rslora=False)

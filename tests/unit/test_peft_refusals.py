@@ -16,8 +16,9 @@ from torch import Tensor
 
 from adapter_folders import PREFIX, TARGETS, config, weights, write
 from loramux_schemas import ErrorCode
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.invalid import AdapterInvalid
-from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+from loramux_worker.adapters.peft_format import read_adapter
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import RequestFailed
 

@@ -13,9 +13,10 @@ import torch
 from adapter_folders import TARGETS, make_adapter
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters import residency as residency_module
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import HostTier, LoadResult
-from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+from loramux_worker.adapters.peft_format import read_adapter
 from loramux_worker.adapters.residency import AdapterResidency
 from loramux_worker.engine.protocol import AdapterReference
 

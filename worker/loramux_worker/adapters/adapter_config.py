@@ -145,16 +145,21 @@ class AdapterConfig:
         return matcher.layer_index(self.layers_pattern, name) in self.layers_to_transform
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Read and check `folder/adapter_config.json`.
-
-    Raises:
-        AdapterInvalid: it is missing or wrong, no LoRA, or asks for something that is not served.
-    """
+def read_config_text(folder: Path) -> bytes:
+    """The bytes of `folder/adapter_config.json`. Raises AdapterInvalid: it is missing or very large."""
     with open_regular(folder, CONFIG_FILE) as file:
         data = read_up_to(file, _MAX_CONFIG_BYTES + 1, CONFIG_FILE)
     if len(data) > _MAX_CONFIG_BYTES:
         raise AdapterInvalid(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes")
+    return data
+
+
+def parse_config(data: bytes) -> AdapterConfig:
+    """Check an `adapter_config.json`.
+
+    Raises:
+        AdapterInvalid: it is wrong, no LoRA, or asks for something that is not served.
+    """
     fields = parse_object(data, CONFIG_FILE)
     _refuse_what_is_not_served(fields)
     config = AdapterConfig(

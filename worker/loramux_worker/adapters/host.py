@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from loramux_schemas import ErrorCode
+from loramux_worker.adapters.adapter_plan import AdapterLimits, AdapterPlans
 from loramux_worker.adapters.eviction import S3Fifo
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.layout import AdapterLayout
-from loramux_worker.adapters.peft_format import AdapterFiles, AdapterLimits
+from loramux_worker.adapters.peft_format import AdapterFiles
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.errors import RequestFailed
@@ -97,8 +98,8 @@ class HostTier:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.capacity_bytes = capacity_bytes
-        self._targets = tuple(targets)
-        self._limits = limits
+        self._plans = AdapterPlans(targets, limits)
+        self._dtype = limits.dtype
         self._pin = pin
         self._wake = wake
         self._lock = threading.Lock()
@@ -226,8 +227,8 @@ class HostTier:
 
     def _read(self, load: _Load) -> HostAdapter | None:
         """Read one adapter; None when there is no room for it yet and it was parked."""
-        with AdapterFiles(Path(load.reference.path), self._targets, self._limits) as files:
-            num_bytes = files.layout.num_elements * self._limits.dtype.itemsize
+        with AdapterFiles(Path(load.reference.path), self._plans) as files:
+            num_bytes = files.layout.num_elements * self._dtype.itemsize
             if num_bytes > self.capacity_bytes:
                 raise AdapterInvalid(f"it takes {num_bytes} bytes, the host tier has {self.capacity_bytes} in all")
             with self._lock:
@@ -237,7 +238,7 @@ class HostTier:
                         self._parked[load.reference.key] = self._running.pop(load.reference.key)
                         return None
                 assert load.num_bytes == num_bytes, "the files of a revision never change"
-            run = allocate(files.layout.num_elements, self._limits.dtype, pin=self._pin, fill=files.read_into)
+            run = allocate(files.layout.num_elements, self._dtype, pin=self._pin, fill=files.read_into)
             return HostAdapter(load.reference.key, files.layout, run)
 
     def _queue(self, load: _Load) -> None:

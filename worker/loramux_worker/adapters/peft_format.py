@@ -7,10 +7,9 @@ ranks and values must be right. Nothing is skipped, padded or guessed.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,37 +17,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from loramux_worker.adapters.adapter_config import read_config
-from loramux_worker.adapters.base_model_name import is_other_model
-from loramux_worker.adapters.base_weights import PIECE_ELEMENTS, BaseWeights
+from loramux_worker.adapters.adapter_config import AdapterConfig, read_config_text
+from loramux_worker.adapters.adapter_plan import AdapterLimits, AdapterPlans
+from loramux_worker.adapters.base_weights import PIECE_ELEMENTS
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout, OwnTensor
-from loramux_worker.adapters.peft_keys import match_to_config, sort_keys
-from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile, consecutive
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
 from loramux_worker.adapters.targets import TargetModule
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PIECE_BYTES = 4 << 20  # what a core's cache holds
 _PICKLED_WEIGHTS = "adapter_model.bin"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterLimits:
-    """What the engine takes.
-
-    `max_rank` of any one module; weights are cast to `dtype`. `base_model_name` is the served model's hub id, None
-    to check no name (see `base_model_name.py` for what counts as another model). `base_weights` recognises copies of
-    the base model's embedding and head; without it an adapter that brings such copies is refused. `parameters` are
-    the shapes of all of the model's, by name, and an adapter may bring its own in place of the `replaceable` ones.
-    """
-
-    max_rank: int
-    dtype: torch.dtype
-    base_model_name: str | None = None
-    base_weights: BaseWeights | None = None
-    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    replaceable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,28 +62,28 @@ class AdapterFiles:
         RequestFailed: `adapter_unavailable`, when the disk fails.
     """
 
-    def __init__(self, folder: Path, targets: Sequence[TargetModule], limits: AdapterLimits) -> None:
-        self._limits = limits
-        config = self.config = read_config(folder)
-        if is_other_model(config.base_model_name, limits.base_model_name):
-            raise AdapterInvalid(
-                f"it was made for the model {quoted(config.base_model_name)}, "
-                f"served is {quoted(limits.base_model_name)}"
-            )
+    def __init__(self, folder: Path, plans: AdapterPlans) -> None:
+        self._limits = plans.limits
+        text = read_config_text(folder)
+        plans.config(text)  # what is wrong with it is said first
         if os.path.exists(folder / _PICKLED_WEIGHTS) and not os.path.exists(folder / WEIGHTS_FILE):
             raise AdapterInvalid(f"{_PICKLED_WEIGHTS} is a pickle: save the adapter as safetensors")
         self._file = TensorFile(folder, WEIGHTS_FILE)
         try:
-            found = sort_keys(self._file.entries, targets, config, limits.base_weights, limits.parameters)
-            self._sources, self._own = match_to_config(
-                found, config, targets, limits.max_rank, limits.parameters, limits.replaceable
-            )
-            self._copies = found.copies
+            self._plan = plans.plan(text, self._file.header)
         except BaseException:
             self._file.close()
             raise
-        own = [tensor for tensor, _ in self._own]
-        self.layout = AdapterLayout.plan([(s.target, s.a.shape[0]) for s in self._sources], targets, own)
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """How it lies in memory."""
+        return self._plan.layout
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What PEFT saved beside it."""
+        return self._plan.config
 
     def __enter__(self) -> Self:
         return self
@@ -117,27 +96,18 @@ class AdapterFiles:
     @property
     def scalings(self) -> tuple[float, ...]:
         """What B is multiplied with, module by module of `layout`."""
-        return tuple(source.scaling for source in self._sources)
+        return tuple(source.scaling for source in self._plan.sources)
 
     def read_into(self, run: Tensor) -> None:
-        """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled before the cast.
-
-        Some megabytes at a time, each piece with a handful of calls: loads run beside the engine's thread, and every
-        call that lets go of the interpreter and takes it again is one that the others may wait for.
-        """
+        """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled, then cast."""
+        plan = self._plan
         self._check_copies()
-        places: dict[str, tuple[Tensor, float | None]] = {}
-        for source, place in zip(self._sources, self.layout.modules, strict=True):
-            places[source.a.name] = place.a(run), None
-            places[source.b.name] = place.b(run), source.scaling
-        for (_, entry), tensor in zip(self._own, self.layout.own, strict=True):
+        for entry, tensor in zip(plan.own, plan.layout.own, strict=True):
             self._read_whole(entry, tensor.view(run).view(-1))
-        entries = sorted((self._file.entries[name] for name in places), key=lambda entry: entry.offset)
-        pieces = list(consecutive(entries, _PIECE_BYTES))
-        scratch = allocate(max(end - start for start, end, _ in pieces), torch.uint8, pin=False)
-        for start, end, piece in pieces:
-            self._file.read_bytes(scratch[: end - start], start)
-            _place_tensors([(e.view(scratch, start), *places[e.name]) for e in piece])
+        most = max(piece.scratch_bytes for piece in plan.pieces)
+        scratch = allocate(max(most, 1), torch.uint8, pin=False)
+        for piece in plan.pieces:
+            piece.read(self._file, scratch, run)
         if not _is_finite(run):
             self._name_what_is_not_finite(run)
 
@@ -150,8 +120,9 @@ class AdapterFiles:
 
     def _name_what_is_not_finite(self, run: Tensor) -> None:
         dtype = str(run.dtype).removeprefix("torch.")
-        values = [(entry, tensor.view(run)) for (_, entry), tensor in zip(self._own, self.layout.own, strict=True)]
-        for source, place in zip(self._sources, self.layout.modules, strict=True):
+        plan = self._plan
+        values = [(entry, tensor.view(run)) for entry, tensor in zip(plan.own, plan.layout.own, strict=True)]
+        for source, place in zip(plan.sources, plan.layout.modules, strict=True):
             values += [(source.a, place.a(run)), (source.b, place.b(run))]
         for entry, placed in values:
             if not _is_finite(placed):
@@ -160,7 +131,7 @@ class AdapterFiles:
                 )
 
     def _check_copies(self) -> None:
-        for name, entry in self._copies.items():
+        for name, entry in self._plan.copies.items():
             weights = self._limits.base_weights
             if weights is None or not weights.equal(name, self._file.read_pieces(entry, PIECE_ELEMENTS)):
                 raise AdapterInvalid(
@@ -171,40 +142,13 @@ class AdapterFiles:
 
 def read_adapter(folder: Path, targets: Sequence[TargetModule], limits: AdapterLimits) -> AdapterWeights:
     """Read and check a whole adapter; raises as `AdapterFiles` does."""
-    with AdapterFiles(folder, targets, limits) as files:
+    with AdapterFiles(folder, AdapterPlans(targets, limits)) as files:
         run = allocate(files.layout.num_elements, limits.dtype, pin=False)
         files.read_into(run)
         places = files.layout.modules
         modules = (ModuleWeights(place.target, place.rank, place.a(run), place.b(run)) for place in places)
         own = tuple((tensor, tensor.view(run)) for tensor in files.layout.own)
         return AdapterWeights(files.layout.rank, tuple(modules), own)
-
-
-def _place_tensors(tensors: Sequence[tuple[Tensor, Tensor, float | None]]) -> None:
-    """Copy what has no scaling to its place, and each B scaled and transposed; what is copied is overwritten."""
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    scaled: list[Tensor] = []
-    scalings: list[float] = []
-    for tensor, place, scaling in tensors:
-        values = tensor
-        if scaling is not None:
-            if scaling != 1.0:
-                if tensor.dtype != place.dtype or not _is_exact(scaling):
-                    values = tensor.float()  # torch rounds the scaling to what it multiplies
-                scaled.append(values)
-                scalings.append(scaling)
-            values = values.t()
-        targets.append(place)
-        sources.append(values)
-    if scaled:
-        torch._foreach_mul_(scaled, scalings)
-    torch._foreach_copy_(targets, sources)
-
-
-def _is_exact(scaling: float) -> bool:
-    """Whether a product with it in any float dtype is the same as one in float32 that is rounded: a power of two."""
-    return math.frexp(scaling)[0] == 0.5 and 2.0**-14 <= scaling <= 2.0**15
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,39 +47,34 @@ class TensorEntry:
     @property
     def end(self) -> int:
         """Where it ends in the file, exclusive."""
-        return self.offset + self.num_elements * self.dtype.itemsize
+        return self.offset + self.num_bytes
 
-    def view(self, memory: Tensor, start: int) -> Tensor:
-        """The tensor in bytes that were read from `start` of the file on: a view, or a copy where it is unaligned."""
-        piece = memory[self.offset - start : self.end - start]
-        if piece.data_ptr() % self.dtype.itemsize:
-            piece = piece.clone()
-        return piece.view(self.dtype).view(self.shape)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.num_elements * self.dtype.itemsize
 
 
-def consecutive(entries: Iterable[TensorEntry], most_bytes: int) -> Iterator[tuple[int, int, list[TensorEntry]]]:
-    """Entries in the order of their offsets in pieces: start and end in the file, and what is wanted of it.
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """The header of a file named `name`: its JSON, unread, and how many bytes of tensors follow it."""
 
-    A piece is no longer than `most_bytes`, unless it is of one entry.
-    """
-    start, end, piece = 0, 0, list[TensorEntry]()
-    for entry in entries:
-        if piece and entry.end - start > most_bytes:
-            yield start, end, piece
-            piece = []
-        if not piece:
-            start = entry.offset
-        piece.append(entry)
-        end = entry.end
-    if piece:
-        yield start, end, piece
+    name: str
+    text: bytes
+    num_data_bytes: int
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """The tensors by name, in the file's order. Raises AdapterInvalid when it is not true of the file."""
+        header = parse_object(self.text, f"{self.name}: header")
+        _check_metadata(header.pop("__metadata__", {}), self.name)
+        return _entries(header, self.name, _LENGTH_BYTES + len(self.text), self.num_data_bytes)
 
 
 class TensorFile:
-    """An open safetensors file whose header has been checked; `entries` by name, in the file's order.
+    """An open safetensors file; `header` has not been checked beyond its length.
 
     Raises:
-        AdapterInvalid: on construction, when the file is missing or its header is not true of it.
+        AdapterInvalid: on construction, when the file is missing or no safetensors file.
         RequestFailed: `adapter_unavailable`, any time, when the disk fails.
     """
 
@@ -86,7 +82,7 @@ class TensorFile:
         self._name = name
         self._file = open_regular(folder, name)
         try:
-            self.entries = self._read_header()
+            self.header = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -117,17 +113,25 @@ class TensorFile:
 
     def read_bytes(self, memory: Tensor, start: int) -> None:
         """Fill `memory`, uint8 and contiguous, from `start` of the file on."""
-        view, done = memory.numpy().data, 0
+        self.read_spans([memory.numpy().data], start)
+
+    def read_spans(self, spans: Sequence[memoryview], start: int) -> None:
+        """Fill one after the other from `start` of the file on; 1,024 of them at most."""
+        left = deque(span for span in spans if span)
         try:
-            while done < len(view):  # one call reads two gigabytes at most
-                count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            while left:
+                count = os.preadv(self._file.fileno(), left, start)  # two gigabytes at most
                 if not count:
                     raise AdapterInvalid(f"{self._name} became shorter while it was read")
-                done += count
+                start += count
+                while left and count >= len(left[0]):
+                    count -= len(left.popleft())
+                if count:
+                    left[0] = left[0][count:]
         except OSError as error:
             raise unreadable(self._name, error) from None
 
-    def _read_header(self) -> dict[str, TensorEntry]:
+    def _read_header(self) -> TensorHeader:
         name, size = self._name, os.fstat(self._file.fileno()).st_size
         start = read_up_to(self._file, _LENGTH_BYTES, name)
         length = int.from_bytes(start, "little")
@@ -137,10 +141,7 @@ class TensorFile:
             raise AdapterInvalid(f"{name} is truncated or not a safetensors file: its header does not fit in it")
         if length > _MAX_HEADER_BYTES:
             raise AdapterInvalid(f"{name}: a header of {length} bytes is larger than {_MAX_HEADER_BYTES}")
-        header = parse_object(read_up_to(self._file, length, name), f"{name}: header")
-        _check_metadata(header.pop("__metadata__", {}), name)
-        first_byte = _LENGTH_BYTES + length
-        return _entries(header, name, first_byte, size - first_byte)
+        return TensorHeader(name, read_up_to(self._file, length, name), size - _LENGTH_BYTES - length)
 
 
 def _check_metadata(metadata: object, name: str) -> None:

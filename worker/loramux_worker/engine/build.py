@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import structlog
 import torch
 
+from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.base_weights import BaseWeights, parameter_shapes, replaceable_parameters
 from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import HostTier
-from loramux_worker.adapters.peft_format import AdapterLimits
 from loramux_worker.adapters.residency import AdapterResidency
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.engine.engine import Engine
@@ -125,7 +125,7 @@ def assemble(
             replaceable=replaceable_parameters(model.module, model.targets),
         ),
         pin=on_gpu,
-        max_loads=min(8, max(4, (os.cpu_count() or 1) // 4)),  # more wait for one another's memory
+        max_loads=min(8, max(4, (os.cpu_count() or 1) // 2)),
     )
     adapters = AdapterResidency(host, pool, on_move=emit)
     limits = SchedulerConfig(

@@ -21,7 +21,7 @@ from loramux_worker.cli.adapters.options import (
 from loramux_worker.errors import RequestFailed
 
 if TYPE_CHECKING:
-    from loramux_worker.adapters.peft_format import AdapterLimits
+    from loramux_worker.adapters.adapter_plan import AdapterLimits
     from loramux_worker.cli.adapters.report import BroughtText, Report
     from loramux_worker.cli.adapters.sources import LocalAdapter
     from loramux_worker.model.skeleton import ModelSkeleton
@@ -78,7 +78,7 @@ def check(
     )
     quiet_logs()
 
-    from loramux_worker.adapters.peft_format import AdapterLimits
+    from loramux_worker.adapters.adapter_plan import AdapterLimits
     from loramux_worker.cli.adapters.sources import check_source, local_adapter
     from loramux_worker.cli.adapters.terminal import byte_progress
 
@@ -113,12 +113,13 @@ def check(
 
 def _examine(local: LocalAdapter, skeleton: ModelSkeleton, limits: AdapterLimits) -> Report:
     """Read the whole adapter as a worker would. Raises RequestFailed."""
+    from loramux_worker.adapters.adapter_plan import AdapterPlans
     from loramux_worker.adapters.host_memory import allocate
     from loramux_worker.adapters.layout import AdapterLayout
     from loramux_worker.adapters.peft_format import AdapterFiles
     from loramux_worker.cli.adapters.report import Report, TouchedModule
 
-    with AdapterFiles(local.folder, skeleton.targets, limits) as files:
+    with AdapterFiles(local.folder, AdapterPlans(skeleton.targets, limits)) as files:
         layout, config = files.layout, files.config
         files.read_into(allocate(layout.num_elements, limits.dtype, pin=False))
         modules = []

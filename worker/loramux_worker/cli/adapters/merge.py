@@ -107,7 +107,8 @@ def _read(local: LocalAdapter, skeleton: ModelSkeleton, model_name: str | None) 
     """The adapter in float32. Raises RequestFailed."""
     import torch
 
-    from loramux_worker.adapters.peft_format import AdapterLimits, read_adapter
+    from loramux_worker.adapters.adapter_plan import AdapterLimits
+    from loramux_worker.adapters.peft_format import read_adapter
 
     name = model_name or skeleton.name
     own = skeleton.parameters, skeleton.replaceable

@@ -1,0 +1,145 @@
+"""How an adapter's tensors come from its file to their places in memory, some megabytes at a time.
+
+What lies in the file as it is wanted is read straight into its place. The rest goes through a scratch memory: every B
+is transposed and scaled, and another dtype is cast. What is decided from the header alone is decided once for all
+adapters that share it (`adapter_plan.py`): loads run beside the engine's thread, and while one of them runs Python, the
+others and the engine do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
+
+_MOST_BYTES = 4 << 20  # of a piece: what a core's cache holds
+_MOST_READS = 512  # the system takes 1,024 in one call
+_BITS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16, and what is moved needs no meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor goes: `offset` in elements of the run. With a `scaling` it is a B: transposed and scaled."""
+
+    entry: TensorEntry
+    offset: int
+    scaling: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Tensors of one dtype and scaling, side by side from `start` to `end` of the scratch memory, in bytes."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    scaling: float | None
+    members: tuple[tuple[int, int, int, int], ...]  # first element in the batch, rows, columns, offset in the run
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of the file that one call reads: spans of the run or of the scratch memory, and what is then to be done.
+
+    `reads` are (into the run?, first byte, last byte exclusive).
+    """
+
+    start: int
+    reads: tuple[tuple[bool, int, int], ...]
+    batches: tuple[_Batch, ...]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What it needs."""
+        return max((batch.end for batch in self.batches), default=0)
+
+    def read(self, file: TensorFile, scratch: Tensor, run: Tensor) -> None:
+        """Read it into `scratch` (uint8, at least `scratch_bytes`) and the run, and put everything in its place."""
+        inside, outside = run.view(torch.uint8).numpy().data, scratch.numpy().data
+        file.read_spans([(inside if direct else outside)[first:last] for direct, first, last in self.reads], self.start)
+        for batch in self.batches:
+            _place(batch, scratch, run)
+
+
+def plan_pieces(places: Iterable[Place], dtype: torch.dtype) -> tuple[Piece, ...]:
+    """The pieces of a file in its order, for a run of `dtype`."""
+    ordered = sorted(places, key=lambda place: place.entry.offset)
+    return tuple(_piece(group, dtype) for group in _consecutive(ordered))
+
+
+def _consecutive(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """Runs without a gap, not longer than a piece may be unless it is of one tensor."""
+    group: list[Place] = []
+    for place in places:
+        entry = place.entry
+        if group and (
+            entry.offset != group[-1].entry.end
+            or entry.end - group[0].entry.offset > _MOST_BYTES
+            or len(group) == _MOST_READS
+        ):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
+
+
+def _piece(group: Sequence[Place], dtype: torch.dtype) -> Piece:
+    reads: dict[TensorEntry, tuple[bool, int, int]] = {}
+    batches: list[_Batch] = []
+    through: list[Place] = []
+    for place in group:
+        if place.scaling is None and place.entry.dtype == dtype:
+            first = place.offset * dtype.itemsize
+            reads[place.entry] = (True, first, first + place.entry.num_bytes)
+        else:
+            through.append(place)
+    end = 0
+    for (source, scaling), alike in groupby(sorted(through, key=_kind_order), key=_kind):
+        start = end = -(-end // 8) * 8
+        members = []
+        for place in alike:
+            rows, columns = place.entry.shape[0], math.prod(place.entry.shape[1:])
+            members.append(((end - start) // source.itemsize, rows, columns, place.offset))
+            reads[place.entry] = (False, end, end + place.entry.num_bytes)
+            end += place.entry.num_bytes
+        batches.append(_Batch(start, end, source, scaling, tuple(members)))
+    return Piece(group[0].entry.offset, tuple(reads[place.entry] for place in group), tuple(batches))
+
+
+def _kind(place: Place) -> tuple[torch.dtype, float | None]:
+    return place.entry.dtype, place.scaling
+
+
+def _kind_order(place: Place) -> tuple[str, float]:
+    return str(place.entry.dtype), math.inf if place.scaling is None else place.scaling
+
+
+def _place(batch: _Batch, scratch: Tensor, run: Tensor) -> None:
+    """Scale and cast all of a batch in one go, then move each tensor to its place."""
+    values = scratch[batch.start : batch.end].view(batch.dtype)
+    if batch.scaling not in (None, 1.0):
+        if values.dtype != run.dtype or not _is_exact(batch.scaling):
+            values = values.float()  # torch rounds the scaling to what it multiplies
+        values = values.mul_(batch.scaling)
+    bits = _BITS[run.itemsize]
+    source, target = values.to(run.dtype).view(bits).numpy(), run.view(bits).numpy()
+    for first, rows, columns, offset in batch.members:
+        size = rows * columns
+        tensor, place = source[first : first + size], target[offset : offset + size]
+        if batch.scaling is None:
+            place[:] = tensor
+        else:  # numpy transposes two to three times as fast as torch
+            np.copyto(place.reshape(columns, rows), tensor.reshape(rows, columns).T)
+
+
+def _is_exact(scaling: float) -> bool:
+    """Whether a product with it in any float dtype is the same as one in float32 that is rounded: a power of two."""
+    return math.frexp(scaling)[0] == 0.5 and 2.0**-14 <= scaling <= 2.0**15
