@@ -24,8 +24,8 @@ def profile_steps(rig: Rig, batches: Sequence[int], mixes: dict[str, Any]) -> li
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:  # a second one in a process sees no graphs
         for what, batch, mix in cases:
             if what == "decode":
-                rig.submit(batch, 64, 64, mixes[mix])
-                rig.drain(most_steps=16 + batch * 64 // 4096)
+                rig.submit(batch, 64, 2 * _STEPS, mixes[mix])
+                rig.drain(most_steps=4 + batch * 64 // 4096)
             else:
                 rig.submit(batch, 64, 1, mixes[mix])
                 rig.drain()
@@ -38,6 +38,7 @@ def profile_steps(rig: Rig, batches: Sequence[int], mixes: dict[str, Any]) -> li
     events = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
     marks = [i for i, event in enumerate(events) if "spin_kernel" in event.name]
+    assert len(marks) == 2 * len(cases), "the profiler has lost events"
     pieces = [events[first + 1 : last] for first, last in zip(marks[::2], marks[1::2], strict=True)]
     return [
         {"step": what, "batch": batch, "mix": mix, **_figures(piece, _STEPS if what == "decode" else 1)}

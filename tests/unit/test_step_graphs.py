@@ -86,7 +86,7 @@ def test_what_was_not_captured_is_not_found() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "segments", "expected"),
-    [(1, 1, False), (16, 16, False), (16, 1, True), (64, 8, True), (64, 40, False), (2048, 128, True)],
+    [(1, 1, False), (8, 1, False), (16, 16, False), (16, 1, True), (64, 8, True), (64, 40, False), (2048, 128, True)],
 )
 def test_segments_where_few_adapters_serve_many_rows(tokens: int, segments: int, expected: bool) -> None:
     assert prefers_segments(tokens, segments) is expected

@@ -22,7 +22,10 @@ log = structlog.get_logger(__name__)
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_ROWS = (32, 96, 160, 256, 512)
 ROWS_IN_SEGMENT = 16  # tokens of one adapter that a program of the LoRA kernels takes in a small step
-_SHARE = 4  # rows of one adapter, on average, from which LoRA by segment is better than row by row
+_SHARE, _FEW = (
+    4,
+    8,
+)  # LoRA by segment is better than row by row from so many rows of an adapter on average, above so few
 
 SPARE_SEGMENTS = 60  # so that the work of four segments of large rank can be divided
 
@@ -120,7 +123,7 @@ class StepGraphs:
         for decode, buckets in ((False, self._mixed_rows), (True, self._decode_rows)):
             for rows in buckets:
                 plain = self._plain(rows, decode=decode)
-                ways = [(s, d) for s in (False, True) for d in (False, True) if not s or rows >= _SHARE]
+                ways = [(s, d) for s in (False, True) for d in (False, True) if not s or rows > _FEW]
                 shapes = [_with_lora(plain, by_segment=s, divided=d) for s, d in ways]
                 keys += [GraphKey(plain, lora=False), *(GraphKey(shape, lora=True) for shape in shapes)]
         return sorted(keys, key=lambda key: -key.shape.tokens)
@@ -135,7 +138,7 @@ def _with_lora(plain: StepShape, *, by_segment: bool, divided: bool) -> StepShap
 
 def prefers_segments(tokens: int, segments: int) -> bool:
     """Whether LoRA by segment is better than row by row: few adapters serve many rows."""
-    return tokens >= _SHARE * segments
+    return tokens > _FEW and tokens >= _SHARE * segments
 
 
 def _up_to(buckets: Sequence[int], most: int) -> list[int]:
