@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +20,15 @@ from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.engine.build import EngineParts, assemble
 from loramux_worker.engine.config import EngineConfig
-from loramux_worker.engine.protocol import AdapterReference, Outputs, SamplingParameters, Submit
+from loramux_worker.engine.protocol import (
+    AdapterMoved,
+    AdapterReference,
+    EngineMessage,
+    Failed,
+    Outputs,
+    SamplingParameters,
+    Submit,
+)
 from loramux_worker.model.attention import IMPLEMENTATION
 from loramux_worker.model.loader import ServedModel, prepare_model
 
@@ -42,6 +50,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+    "tiny": {  # for a quick look without a GPU
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
         "max_position_embeddings": 2048,
     },
 }
@@ -74,14 +91,29 @@ class Rig:
     model: ServedModel
     parts: EngineParts
     outputs: list[Outputs]
+    moves: list[AdapterMoved]
 
     @classmethod
     def make(cls, model: ServedModel, **settings: Any) -> Rig:
         """An engine of its own over the model."""
         outputs: list[Outputs] = []
-        config = EngineConfig(model="random", **settings)
-        parts = assemble(config, model, lambda m: outputs.append(m) if isinstance(m, Outputs) else None)
-        return cls(model, parts, outputs)
+        moves: list[AdapterMoved] = []
+
+        def emit(message: EngineMessage) -> None:
+            match message:
+                case Outputs():
+                    outputs.append(message)
+                case AdapterMoved():
+                    moves.append(message)
+                case Failed():
+                    raise AssertionError(message)
+
+        return cls(model, assemble(EngineConfig(model="random", **settings), model, emit), outputs, moves)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the engine's device is a GPU."""
+        return self.model.device.type == "cuda"
 
     def load_adapters(
         self, ranks: Iterable[int], modules: Sequence[str] = ALL_LINEARS, prefix: str = "adapter"
@@ -93,14 +125,15 @@ class Rig:
         for i, rank in enumerate(ranks):
             if rank not in runs:
                 layout = adapter_layout(self.model, rank, modules)
-                run = allocate(layout.num_elements, self.model.dtype, pin=True)
+                run = allocate(layout.num_elements, self.model.dtype, pin=self.on_gpu)
                 run.copy_(torch.randn(layout.num_elements, device=self.model.device).mul_(0.01).to(self.model.dtype))
                 runs[rank] = HostAdapter(("", ""), layout, run)
             key: AdapterKey = (f"{prefix}-{i}", "sha256:0")
             loaded = pool.load(HostAdapter(key, runs[rank].layout, runs[rank].run))
             assert loaded is not None, "--adapter-memory is too small"
             references.append(AdapterReference(*key, path="/nowhere"))
-        torch.cuda.synchronize()
+        if self.on_gpu:
+            torch.cuda.synchronize()
         return references
 
     def evict_adapters(self) -> None:
@@ -117,10 +150,11 @@ class Rig:
             ids = torch.randint(self.model.vocab_size, (prompt,), generator=generator).tolist()
             adapter = adapters[i % len(adapters)] if adapters else None
             sampling = SamplingParameters(new, ignore_eos=True)
-            Rig._next_id += 1
-            self.parts.engine.handle(Submit(Rig._next_id, ids, sampling, adapter))
+            Rig.last_id += 1
+            self.parts.engine.handle(Submit(Rig.last_id, ids, sampling, adapter))
 
-    _next_id = 0
+    last_id: ClassVar[int] = 0
+    """Of the sequence that came last."""
 
     def drain(self, most_steps: int = 1 << 30) -> list[float]:
         """Step until nothing is left; seconds of each step."""
