@@ -72,7 +72,8 @@ def main() -> None:
         print(f"graphs: {figures['graphs']}", flush=True)
     try:
         for part in [*arguments.only.split(","), *arguments.against]:
-            adapters = rig.load_adapters([arguments.rank] * resident, modules)  # those that a part before has evicted
+            rig.evict_adapters()  # of the part before
+            adapters = rig.load_adapters([arguments.rank] * resident, modules)
             mixes = {"base": [None], "one": adapters[:1], "distinct": adapters}
             if part == "steps":
                 figures["steps"] = _steps(rig, arguments.batches, mixes, adapter_bytes, bandwidth)

@@ -1,10 +1,10 @@
 """The host tier: adapters in (pinned) memory, ready to be copied to the gpu pool.
 
-Adapters are loaded by a few threads. An adapter's size is known once its config and header are read, and room is made
-before its weights are: the tier never holds more than its capacity, adapters being read included. What is wanted by a
-sequence is loaded before what is only prefetched, in fair order, and is never evicted. A load that
-finds no room waits outside the threads, and no wanted load overtakes another that waits for room, so a large adapter
-gets its turn.
+Adapters are loaded by a few threads, which others help while there is little to load. An adapter's size is known once
+its config and header are read, and room is made before its weights are: the tier never holds more than its capacity,
+adapters being read included. What is wanted by a sequence is loaded before what is only prefetched, in fair order, and
+is never evicted. A load that finds no room waits outside the threads, and no wanted load overtakes another that waits
+for room, so a large adapter gets its turn.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class HostTier:
         self._wake = wake
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load", initializer=_use_one_core)
+        self._helpers = ThreadPoolExecutor(
+            -(-max_loads // 2), thread_name_prefix="adapter-read", initializer=_use_one_core
+        )
         self._adapters: dict[AdapterKey, HostAdapter] = {}
         self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_bytes)
         self._wanted: dict[AdapterKey, float] = {}  # their turns: the least is loaded first
@@ -193,6 +196,7 @@ class HostTier:
             self._queued.clear()
             self._parked.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._helpers.shutdown(wait=True)
 
     # The rest runs in the threads, or with the lock held where the name is about queues and room.
 
@@ -238,7 +242,12 @@ class HostTier:
                         self._parked[load.reference.key] = self._running.pop(load.reference.key)
                         return None
                 assert load.num_bytes == num_bytes, "the files of a revision never change"
-            run = allocate(files.layout.num_elements, self._dtype, pin=self._pin, fill=files.read_into)
+            run = allocate(
+                files.layout.num_elements,
+                self._dtype,
+                pin=self._pin,
+                fill=lambda memory: files.read_into(memory, self._helpers),
+            )
             return HostAdapter(load.reference.key, files.layout, run)
 
     def _queue(self, load: _Load) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +24,14 @@ from loramux_worker.adapters.base_weights import PIECE_ELEMENTS
 from loramux_worker.adapters.host_memory import allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout, OwnTensor
+from loramux_worker.adapters.placement import Piece
 from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
+from loramux_worker.adapters.sharing import share
 from loramux_worker.adapters.targets import TargetModule
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_HELPERS = 3  # for one adapter
+_CHECKED_ELEMENTS = 4 << 20  # by one thread at a time
 _PICKLED_WEIGHTS = "adapter_model.bin"
 
 
@@ -98,18 +103,28 @@ class AdapterFiles:
         """What B is multiplied with, module by module of `layout`."""
         return tuple(source.scaling for source in self._plan.sources)
 
-    def read_into(self, run: Tensor) -> None:
-        """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled, then cast."""
+    def read_into(self, run: Tensor, helpers: Executor | None = None) -> None:
+        """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled, then cast.
+
+        `helpers`: threads that may take part if they are free.
+        """
         plan = self._plan
         self._check_copies()
         for entry, tensor in zip(plan.own, plan.layout.own, strict=True):
             self._read_whole(entry, tensor.view(run).view(-1))
-        most = max(piece.scratch_bytes for piece in plan.pieces)
-        scratch = allocate(max(most, 1), torch.uint8, pin=False)
-        for piece in plan.pieces:
-            piece.read(self._file, scratch, run)
-        if not _is_finite(run):
+        share(plan.pieces, lambda piece: self._read_piece(piece, run), helpers, _HELPERS)
+        not_finite: list[Tensor] = []
+
+        def look(part: Tensor) -> None:
+            if not _is_finite(part):
+                not_finite.append(part)
+
+        share(run.split(_CHECKED_ELEMENTS), look, helpers, _HELPERS)
+        if not_finite:
             self._name_what_is_not_finite(run)
+
+    def _read_piece(self, piece: Piece, run: Tensor) -> None:
+        piece.read(self._file, allocate(max(piece.scratch_bytes, 1), torch.uint8, pin=False), run)
 
     def _read_whole(self, entry: TensorEntry, place: Tensor) -> None:
         """A tensor that may be as large as a head, some of it at a time."""

@@ -9,6 +9,7 @@ others and the engine do not.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from loramux_worker.adapters.safetensors_file import TensorEntry, TensorFile
 
-_MOST_BYTES = 4 << 20  # of a piece: what a core's cache holds
+_MOST_BYTES = 16 << 20  # of a piece
 _MOST_READS = 512  # the system takes 1,024 in one call
 _BITS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16, and what is moved needs no meaning
 
@@ -34,6 +35,17 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class _Row:
+    """Tensors of one shape, side by side from element `first` of a batch, at equal distances in the run: one copy."""
+
+    first: int
+    count: int
+    shape: tuple[int, int]
+    offset: int
+    distance: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Batch:
     """Tensors of one dtype and scaling, side by side from `start` to `end` of the scratch memory, in bytes."""
 
@@ -41,7 +53,7 @@ class _Batch:
     end: int
     dtype: torch.dtype
     scaling: float | None
-    members: tuple[tuple[int, int, int, int], ...]  # first element in the batch, rows, columns, offset in the run
+    rows: tuple[_Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +105,6 @@ def _consecutive(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 def _piece(group: Sequence[Place], dtype: torch.dtype) -> Piece:
     reads: dict[TensorEntry, tuple[bool, int, int]] = {}
-    batches: list[_Batch] = []
     through: list[Place] = []
     for place in group:
         if place.scaling is None and place.entry.dtype == dtype:
@@ -101,43 +112,53 @@ def _piece(group: Sequence[Place], dtype: torch.dtype) -> Piece:
             reads[place.entry] = (True, first, first + place.entry.num_bytes)
         else:
             through.append(place)
+    batches: list[_Batch] = []
     end = 0
-    for (source, scaling), alike in groupby(sorted(through, key=_kind_order), key=_kind):
+    for (_, _, source, scaling), alike in groupby(sorted(through, key=_order), key=lambda place: _order(place)[:4]):
         start = end = -(-end // 8) * 8
-        members = []
+        rows: list[_Row] = []
         for place in alike:
-            rows, columns = place.entry.shape[0], math.prod(place.entry.shape[1:])
-            members.append(((end - start) // source.itemsize, rows, columns, place.offset))
+            rows = _lengthen(rows, place, (end - start) // source.itemsize)
             reads[place.entry] = (False, end, end + place.entry.num_bytes)
             end += place.entry.num_bytes
-        batches.append(_Batch(start, end, source, scaling, tuple(members)))
+        batches.append(_Batch(start, end, source, scaling, tuple(rows)))
     return Piece(group[0].entry.offset, tuple(reads[place.entry] for place in group), tuple(batches))
 
 
-def _kind(place: Place) -> tuple[torch.dtype, float | None]:
-    return place.entry.dtype, place.scaling
+def _order(place: Place) -> tuple[str, float, torch.dtype, float | None, tuple[int, ...], str, int]:
+    """By dtype and scaling; then so that a module's tensors of all layers follow one another as they do in the run."""
+    entry, scaling = place.entry, place.scaling
+    kind = (str(entry.dtype), math.inf if scaling is None else scaling, entry.dtype, scaling)
+    return (*kind, entry.shape, re.sub(r"\d+", "", entry.name), place.offset)
 
 
-def _kind_order(place: Place) -> tuple[str, float]:
-    return str(place.entry.dtype), math.inf if place.scaling is None else place.scaling
+def _lengthen(rows: list[_Row], place: Place, first: int) -> list[_Row]:
+    """With one more tensor, in the last row if it lies where that would go on."""
+    shape = (place.entry.shape[0], math.prod(place.entry.shape[1:]))
+    if rows and rows[-1].shape == shape:
+        last = rows[-1]
+        distance = place.offset - last.offset if last.count == 1 else last.distance
+        if distance > 0 and place.offset == last.offset + last.count * distance:
+            return [*rows[:-1], _Row(last.first, last.count + 1, shape, last.offset, distance)]
+    return [*rows, _Row(first, 1, shape, place.offset, 0)]
 
 
 def _place(batch: _Batch, scratch: Tensor, run: Tensor) -> None:
-    """Scale and cast all of a batch in one go, then move each tensor to its place."""
+    """Scale and cast all of a batch in one go, then move its tensors to their places."""
     values = scratch[batch.start : batch.end].view(batch.dtype)
     if batch.scaling not in (None, 1.0):
         if values.dtype != run.dtype or not _is_exact(batch.scaling):
             values = values.float()  # torch rounds the scaling to what it multiplies
         values = values.mul_(batch.scaling)
-    bits = _BITS[run.itemsize]
+    bits, item = _BITS[run.itemsize], run.itemsize
     source, target = values.to(run.dtype).view(bits).numpy(), run.view(bits).numpy()
-    for first, rows, columns, offset in batch.members:
-        size = rows * columns
-        tensor, place = source[first : first + size], target[offset : offset + size]
-        if batch.scaling is None:
-            place[:] = tensor
-        else:  # numpy transposes two to three times as fast as torch
-            np.copyto(place.reshape(columns, rows), tensor.reshape(rows, columns).T)
+    for row in batch.rows:
+        height, width = row.shape
+        tensors = source[row.first : row.first + row.count * height * width].reshape(row.count, height, width)
+        if batch.scaling is not None:  # numpy transposes two to three times as fast as torch
+            tensors, height, width = tensors.transpose(0, 2, 1), width, height
+        strides = (row.distance * item, width * item, item)
+        np.copyto(np.ndarray(tensors.shape, target.dtype, target, row.offset * item, strides), tensors)
 
 
 def _is_exact(scaling: float) -> bool:
