@@ -2,10 +2,11 @@
 
     PYTHONPATH=tests python tests/benchmarks/bench_fairness.py [--flood 5000] [--seconds 30] [--device cpu]
 
-The demo model and copies of its adapters. The flood comes at once from a plain producer that takes the adapter as key,
-so all of it stands in one partition; each light adapter asks at its rate, as a stream, for `--seconds` without the
-flood and then for as long as the flood takes. A time to the first token is the client's: from asking to the first
-delta, Kafka there and back. Throughput is all tokens, of prompts and answers, while the flood lasts.
+The demo model and copies of its adapters, or a random model of `--shape` and adapters of rank 16 on all its linears.
+The flood comes at once from a plain producer that takes the adapter as key, so all of it stands in one partition; each
+light adapter asks at its rate, as a stream, for `--seconds` without the flood and then for as long as the flood takes.
+A time to the first token is the client's: from asking to the first delta, Kafka there and back. Throughput is all
+tokens, of prompts and answers, while the flood lasts.
 
 The worker is measured as it is, then again as one that serves first come, first served (`first_come/`). The last line
 of the output is a JSON object.
@@ -17,6 +18,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -54,10 +56,12 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=4, help="of the requests topic (default 4)")
     parser.add_argument("--batch", type=int, default=64, help="--max-batch-sequences of the worker (default 64)")
     parser.add_argument("--device", default="cpu", help="of the worker (default cpu)")
+    parser.add_argument("--shape", choices=("demo", "1b", "tiny"), default="demo", help="of the model (default demo)")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder, KafkaCluster() as kafka:
-        copy_adapters(Path(folder))
-        figures = {policy: asyncio.run(measure(policy, kafka, Path(folder), options)) for policy in POLICIES}
+        model, adapters = model_and_adapters(Path(folder), options)
+        figures = {policy: asyncio.run(measure(policy, kafka, model, adapters, options)) for policy in POLICIES}
     print_table(figures)
     settings = vars(options) | {"light_adapters": len(LIGHT)}
     print(
@@ -65,16 +69,23 @@ def main() -> None:
     )
 
 
-def copy_adapters(folder: Path) -> None:
-    """The demo's adapters in turn, under the names of this benchmark."""
+def model_and_adapters(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The folders of the model and of its adapters under the names of this benchmark: the demo's in turn, or random."""
+    if options.shape != "demo":
+        from random_shape import save_shape
+
+        return save_shape(
+            folder, options.shape, (HEAVY, *LIGHT), device=options.device.partition(":")[0], layers=options.layers
+        )
     originals = sorted(config.parent for config in DEMO.glob("adapters/*/*/adapter_config.json"))
     for name, original in zip((HEAVY, *LIGHT), itertools.cycle(originals), strict=False):
         shutil.copytree(original, folder / name)
+    return DEMO / "model", folder
 
 
 @contextmanager
 def worker_with(
-    policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace
+    policy: str, kafka: KafkaCluster, model: Path, adapters: Path, options: argparse.Namespace
 ) -> Iterator[tuple[WorkerProcess, dict[str, str]]]:
     """A worker on topics of its own, which are returned too."""
     topics = worker_topics(
@@ -87,11 +98,13 @@ def worker_with(
         "max_batch_sequences": options.batch,
         **topics,
     }
+    if options.shape != "demo":  # what is asked for here is small beside a GPU
+        flags |= {"max_model_len": 512, "kv_cache_memory": "1GiB", "adapter_memory": "1GiB", "host_memory": "1GiB"}
     environment = None
     if policy == "first come":
-        environment = {"PYTHONPATH": str(FIRST_COME)}
+        environment = {"PYTHONPATH": os.pathsep.join([str(FIRST_COME), *filter(None, [os.environ.get("PYTHONPATH")])])}
         flags["adapter_look_ahead"] = 0.9999  # all seats to those who came first
-    with WorkerProcess(kafka.bootstrap_servers, DEMO / "model", environment=environment, **flags) as worker:
+    with WorkerProcess(kafka.bootstrap_servers, model, environment=environment, **flags) as worker:
         rival = worker.log_path.read_text().count("first come, first served")
         assert rival == (2 if policy == "first come" else 0), "front and engine are what they are said to be"
         yield worker, topics
@@ -103,10 +116,12 @@ def new_topic(kafka: KafkaCluster, name: str, partitions: int) -> str:
     return name
 
 
-async def measure(policy: str, kafka: KafkaCluster, adapters: Path, options: argparse.Namespace) -> dict[str, Any]:
+async def measure(
+    policy: str, kafka: KafkaCluster, model: Path, adapters: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Times to the first token of the light ones without and with the flood, and the throughput."""
     say(f"{policy}: starting a worker")
-    with worker_with(policy, kafka, adapters, options) as (worker, topics):
+    with worker_with(policy, kafka, model, adapters, options) as (worker, topics):
         own = {name: topic for name, topic in topics.items() if name != "dead_letter_topic"}
         async with Client(kafka.bootstrap_servers, timeout=900, **own) as client:
             for name in (HEAVY, *LIGHT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -190,14 +190,26 @@ def pool_memory(model: ServedModel, count: int, rank: int, modules: Sequence[str
 
 def write_adapter(folder: Path, model: ServedModel, rank: int, modules: Sequence[str] = ALL_LINEARS) -> Path:
     """A random adapter as PEFT saves it, in the model's dtype."""
+    chosen = {
+        target.name: (target.in_features, target.out_features)
+        for target in model.targets
+        if target.name.rpartition(".")[2] in modules
+    }
+    return save_lora(folder, chosen, rank, model.dtype, model.device)
+
+
+def save_lora(
+    folder: Path, linears: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, device: torch.device
+) -> Path:
+    """A random adapter as PEFT saves it; `linears` are (in, out) features by name."""
     tensors = {}
-    for target in model.targets:
-        if target.name.rpartition(".")[2] in modules:
-            for part, shape in (("A", (rank, target.in_features)), ("B", (target.out_features, rank))):
-                values = torch.randn(shape, device=model.device).mul_(0.01).to(model.dtype).cpu()
-                tensors[f"base_model.model.{target.name}.lora_{part}.weight"] = values
+    for name, (num_in, num_out) in linears.items():
+        for part, shape in (("A", (rank, num_in)), ("B", (num_out, rank))):
+            values = torch.randn(shape, device=device).mul_(0.01).to(dtype).cpu()
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": list(modules)}
+    modules = sorted({name.rpartition(".")[2] for name in linears})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
