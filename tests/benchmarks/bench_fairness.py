@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
+from confluent_kafka import Producer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -164,18 +164,18 @@ async def flooding(
     """Send the flood and wait for its end."""
     tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total")
     done = await asyncio.to_thread(answered, worker)
+    flood = [
+        Request(
+            request_id=f"flood-{i}", adapter_id=HEAVY, prompt=f"Where is my order {i}?", parameters=parameters(options)
+        ).to_json()
+        for i in range(options.flood)
+    ]
+    # not of this process's event loop, whose time is also that of those who ask now and then
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 5})
     began = time.perf_counter()
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=5) as producer:
-        sends = []
-        for i in range(options.flood):
-            request = Request(
-                request_id=f"flood-{i}",
-                adapter_id=HEAVY,
-                prompt=f"Where is my order {i}?",
-                parameters=parameters(options),
-            )
-            sends.append(await producer.send(topic, request.to_json(), key=HEAVY.encode()))
-        await asyncio.gather(*sends)
+    for value in flood:
+        producer.produce(topic, value, key=HEAVY.encode())
+    await asyncio.to_thread(producer.flush)
     sent = time.perf_counter() - began
     while await asyncio.to_thread(answered, worker) < done + options.flood:  # noqa: ASYNC110 - another process's
         await asyncio.sleep(0.1)

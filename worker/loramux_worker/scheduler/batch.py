@@ -11,7 +11,7 @@ from loramux_worker.scheduler.client import Client, Lane
 from loramux_worker.scheduler.config import SchedulerConfig
 from loramux_worker.scheduler.rank_budget import RankBudget
 from loramux_worker.scheduler.step import Chunk
-from loramux_worker.scheduler.tiers import AdapterTiers
+from loramux_worker.scheduler.tiers import AdapterKey, AdapterTiers
 
 
 class Seat:
@@ -55,9 +55,9 @@ class Batch:
         return len(self.seats)
 
     @property
-    def is_full(self) -> bool:
-        """Whether as many sequences run as may."""
-        return len(self.seats) >= self._max_running
+    def num_free(self) -> int:
+        """How many more sequences may run."""
+        return self._max_running - len(self.seats)
 
     def join(self, lane: Lane) -> Joining:
         """Let the head of a lane run: take its blocks, pin its adapter. Unless it JOINED, nothing has changed."""
@@ -104,6 +104,10 @@ class Batch:
     def is_rider(self, lane: Lane) -> bool:
         """Whether running the lane's sequences adds no adapter."""
         return lane.key is None or lane.key in self.ranks.adapters
+
+    def num_other_adapters(self, key: AdapterKey | None) -> int:
+        """How many adapters run beside this one."""
+        return len(self.ranks.adapters) - (key in self.ranks.adapters)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, ranks and running sequences agree."""
