@@ -16,6 +16,7 @@ import torch
 from loramux_worker.adapters.adapter_config import AdapterConfig, parse_config
 from loramux_worker.adapters.base_model_name import is_other_model
 from loramux_worker.adapters.base_weights import BaseWeights
+from loramux_worker.adapters.correction import CorrectedModule, Correction
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.peft_keys import Source, match_to_config, sort_keys
@@ -35,6 +36,7 @@ class AdapterLimits:
     to check no name (see `base_model_name.py` for what counts as another model). `base_weights` recognises copies of
     the base model's embedding and head; without it an adapter that brings such copies is refused. `parameters` are
     the shapes of all of the model's, by name, and an adapter may bring its own in place of the `replaceable` ones.
+    `correction`, where an adapter is merged into the base weights, is laid out and read behind every other.
     """
 
     max_rank: int
@@ -43,6 +45,7 @@ class AdapterLimits:
     base_weights: BaseWeights | None = None
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     replaceable: frozenset[str] = frozenset()
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,15 +53,17 @@ class AdapterPlan:
     """An adapter but for its values: `pieces` bring A and B into a run that `layout` describes.
 
     `own` are the file's tensors that `layout.own` has places for, in its order; `copies` those that must equal the base
-    model's, by the parameter's name.
+    model's, by the parameter's name. `corrected` are the modules that get something of the limits' correction, be it
+    that the adapter itself touches them or not.
     """
 
     config: AdapterConfig
     layout: AdapterLayout
-    sources: tuple[Source, ...]  # in the order of `layout.modules`
+    sources: tuple[Source, ...]  # in target order
     pieces: tuple[Piece, ...]
     own: tuple[TensorEntry, ...]
     copies: Mapping[str, TensorEntry]
+    corrected: tuple[CorrectedModule, ...] = ()
 
 
 class AdapterPlans:
@@ -94,10 +99,20 @@ class AdapterPlans:
         sources, own = match_to_config(
             found, config, self._targets, limits.max_rank, limits.parameters, limits.replaceable
         )
-        ranks = [(source.target, source.a.shape[0]) for source in sources]
-        layout = AdapterLayout.plan(ranks, self._targets, [tensor for tensor, _ in own])
+        ranks, tensors = {source.target: source.a.shape[0] for source in sources}, [tensor for tensor, _ in own]
+        total = ranks if limits.correction is None else limits.correction.ranks(ranks, tensors, self._targets)
+        layout = AdapterLayout.plan(total.items(), self._targets, tensors)
+        modules = {module.target: module for module in layout.modules}
         places = []
-        for source, module in zip(sources, layout.modules, strict=True):
+        for source in sources:  # its rows are a module's first: a tile's rows follow one another
+            module = modules[source.target]
             places += [Place(source.a, module.a_offset), Place(source.b, module.b_offset, source.scaling)]
-        entries = tuple(entry for _, entry in own)
-        return AdapterPlan(config, layout, tuple(sources), plan_pieces(places, limits.dtype), entries, found.copies)
+        return AdapterPlan(
+            config,
+            layout,
+            tuple(sources),
+            plan_pieces(places, limits.dtype),
+            tuple(entry for _, entry in own),
+            found.copies,
+            () if limits.correction is None else limits.correction.places(ranks, layout, self._targets),
+        )

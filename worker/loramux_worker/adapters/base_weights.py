@@ -56,6 +56,11 @@ class BaseWeights:
         dtype = self._parameters[name].dtype
         return _digest(piece.to(dtype) for piece in pieces) == self._digest_of(name)
 
+    def remember(self) -> None:
+        """Take the digests now: the parameters are about to change, and what adapters bring copies of is not."""
+        for name in self._parameters:
+            self._digest_of(name)
+
     def _digest_of(self, name: str) -> bytes:
         with self._lock:
             if name not in self._digests:

@@ -100,19 +100,22 @@ class AdapterFiles:
 
     @property
     def scalings(self) -> tuple[float, ...]:
-        """What B is multiplied with, module by module of `layout`."""
+        """What B is multiplied with, by module that the adapter touches, in target order."""
         return tuple(source.scaling for source in self._plan.sources)
 
     def read_into(self, run: Tensor, helpers: Executor | None = None) -> None:
         """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled, then cast.
 
-        `helpers`: threads that may take part if they are free.
+        Behind them comes the correction, where an adapter is merged into the base weights. `helpers`: threads that may
+        take part if they are free.
         """
         plan = self._plan
         self._check_copies()
         for entry, tensor in zip(plan.own, plan.layout.own, strict=True):
             self._read_whole(entry, tensor.view(run).view(-1))
         share(plan.pieces, lambda piece: self._read_piece(piece, run), helpers, _HELPERS)
+        if (correction := self._limits.correction) is not None:
+            share(plan.corrected, lambda module: correction.fill(run, module), helpers, _HELPERS)
         not_finite: list[Tensor] = []
 
         def look(part: Tensor) -> None:
@@ -137,7 +140,9 @@ class AdapterFiles:
         dtype = str(run.dtype).removeprefix("torch.")
         plan = self._plan
         values = [(entry, tensor.view(run)) for entry, tensor in zip(plan.own, plan.layout.own, strict=True)]
-        for source, place in zip(plan.sources, plan.layout.modules, strict=True):
+        modules = {module.target: module for module in plan.layout.modules}
+        for source in plan.sources:
+            place = modules[source.target]  # the correction, where it has one, is finite
             values += [(source.a, place.a(run)), (source.b, place.b(run))]
         for entry, placed in values:
             if not _is_finite(placed):

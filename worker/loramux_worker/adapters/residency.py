@@ -6,16 +6,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from loramux_kernels.lora_plan import NO_ADAPTER
 from loramux_schemas import ErrorCode
+from loramux_worker.adapters.correction import Correction
 from loramux_worker.adapters.gpu_pool import AdapterPool, Tile
-from loramux_worker.adapters.host import AdapterKey, HostTier, LoadResult
+from loramux_worker.adapters.host import AdapterKey, HostAdapter, HostTier, LoadResult
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
-from loramux_worker.errors import RequestFailed
+from loramux_worker.errors import ConfigurationError, RequestFailed
 from loramux_worker.scheduler.tiers import Demand
 
 _MAX_REFERENCES = 65_536
+_BASE = ("", "")  # what corrects the base model goes by this key, which is no adapter's
 
 
 class AdapterResidency:
@@ -27,10 +30,19 @@ class AdapterResidency:
         prefetch → (loading) → poll → rank → acquire → slot, tiles → release → forget
 
     `on_move` is told of each adapter that has come into a tier.
+
+    With a `correction`, its adapter is merged into the base weights: that one is always here, has no rank and needs no
+    slot, while the base model has one that is never evicted. The host tier corrects all others as it reads them.
+
+    Raises ConfigurationError when the pool has no room for the correction.
     """
 
     def __init__(
-        self, host: HostTier, pool: AdapterPool, on_move: Callable[[AdapterMoved], None] = lambda moved: None
+        self,
+        host: HostTier,
+        pool: AdapterPool,
+        on_move: Callable[[AdapterMoved], None] = lambda moved: None,
+        correction: Correction | None = None,
     ) -> None:
         self.host = host
         self.pool = pool
@@ -39,6 +51,13 @@ class AdapterResidency:
         self._wanted: set[AdapterKey] = set()
         self._unknown: list[AdapterKey] = []
         self._demand: Demand | None = None
+        self._correction = correction
+        self._base_slot = NO_ADAPTER if correction is None else self._keep(correction)
+
+    @property
+    def num_in_pool(self) -> int:
+        """Adapters in the pool; what corrects the base model is none."""
+        return self.pool.num_adapters - (self._correction is not None)
 
     def follow(self, demand: Demand) -> None:
         """Load first what is served first; evict from the pool what nobody waits for, then what is served last."""
@@ -50,6 +69,8 @@ class AdapterResidency:
         Remembers where its files are, so that `rank` can bring it back after an eviction: until `forget`, or until
         very many others were named that no sequence waited for either.
         """
+        if self._is_merged(reference.key):
+            return
         self._remember(reference)
         if self.pool.slot_of(reference.key) is None:
             self.host.load(reference)
@@ -59,6 +80,8 @@ class AdapterResidency:
 
         Counted twice, whatever is asked for once would seem worth keeping.
         """
+        if self._is_merged(reference.key):
+            return
         self._remember(reference)
         if self.pool.slot_of(reference.key) is None and self.host.get(reference.key) is None:
             self.host.load(reference)
@@ -73,6 +96,8 @@ class AdapterResidency:
 
         None: it is on its way, and `poll` will tell how that ended.
         """
+        if self._is_merged(key):
+            return 0
         rank = self.pool.rank_of(key)
         if rank is not None:
             return rank
@@ -86,6 +111,8 @@ class AdapterResidency:
 
     def acquire(self, key: AdapterKey) -> bool:
         """Make the adapter resident in the pool and pin it; False, and nothing changed: no room, or not loaded."""
+        if self._is_merged(key):
+            return True
         if self.pool.find(key) is None:
             adapter, started = self.host.get(key), time.monotonic()
             if adapter is None or self.pool.load(adapter) is None:
@@ -97,10 +124,15 @@ class AdapterResidency:
 
     def release(self, key: AdapterKey) -> None:
         """Undo one `acquire`."""
-        self.pool.unpin(key)
+        if not self._is_merged(key):
+            self.pool.unpin(key)
 
-    def slot(self, key: AdapterKey) -> int:
-        """The pool slot of an acquired adapter."""
+    def slot(self, key: AdapterKey | None) -> int:
+        """The pool slot of an acquired adapter, or of the base model (None); `NO_ADAPTER` where none is needed."""
+        if key is None:
+            return self._base_slot
+        if self._is_merged(key):
+            return NO_ADAPTER
         slot = self.pool.slot_of(key)
         assert slot is not None, f"{key} is not resident"
         return slot
@@ -136,6 +168,24 @@ class AdapterResidency:
         """Stop loading."""
         self.host.close()
 
+    def _is_merged(self, key: AdapterKey) -> bool:
+        return self._correction is not None and self._correction.key == key
+
+    def _keep(self, correction: Correction) -> int:
+        slot = self.pool.load(HostAdapter(_BASE, correction.layout, correction.run))
+        if slot is None:
+            raise ConfigurationError(
+                f"--adapter-memory {self._pool_bytes}: what takes --merge-adapter off the base model again needs "
+                f"{correction.run.nbytes} bytes of it; say more"
+            )
+        self.pool.pin(_BASE)
+        self.pool.misses_total = 0  # nobody has asked for anything
+        return slot
+
+    @property
+    def _pool_bytes(self) -> int:
+        return self.pool.capacity_elements * self.pool.elements.itemsize
+
     def _remember(self, reference: AdapterReference) -> None:
         self._references[reference.key] = reference
         self._references.move_to_end(reference.key)
@@ -160,10 +210,10 @@ class AdapterResidency:
 
     def _check_fits_pool(self, result: LoadResult) -> LoadResult:
         adapter = self.host.get(result.key)
-        if adapter is None or adapter.layout.num_elements <= self.pool.capacity_elements:
+        have = self._pool_bytes - (0 if self._correction is None else self._correction.run.nbytes)
+        if adapter is None or adapter.num_bytes <= have:
             return result
         self.host.drop(result.key)
-        have = self.pool.capacity_elements * self.pool.elements.itemsize
         error = AdapterInvalid(f"it takes {adapter.num_bytes} bytes, the gpu pool has {have} in all")
         return result._replace(error=error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -22,6 +22,7 @@ from loramux_worker.engine.protocol import PROTOCOL_VERSION, EngineMessage, Read
 from loramux_worker.engine.runner import Runner
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.loader import ServedModel, load_model
+from loramux_worker.model.merge_in_place import merge_in_place
 from loramux_worker.model.self_check import check_model
 from loramux_worker.scheduler.policy import Policies
 from loramux_worker.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -57,7 +58,7 @@ class EngineParts:
             batch_adapters=self.engine.batch_adapters,
             host_adapters=host.num_adapters,
             host_bytes=host.bytes_used,
-            gpu_adapters=pool.num_adapters,
+            gpu_adapters=self.adapters.num_in_pool,
             gpu_bytes=pool.bytes_used,
             host_evictions_total=host.evictions_total,
             gpu_evictions_total=pool.evictions_total,
@@ -93,7 +94,7 @@ def assemble(
     *,
     pipeline_depth: int | None = None,
 ) -> EngineParts:
-    """Divide the memory and make the parts; `emit` takes what the front is to hear.
+    """Merge an adapter if asked, divide the memory and make the parts; `emit` takes what the front is to hear.
 
     `pipeline_depth`, see `Engine`, follows from the device unless a test wants another.
 
@@ -104,6 +105,9 @@ def assemble(
     if on_gpu and config.block_size & (config.block_size - 1):
         raise ConfigurationError(f"--block-size {config.block_size}: on a GPU it is a power of two, such as 16")
     max_model_len = _context_length(config, model)
+    adapter_limits = _adapter_limits(config, model)
+    correction = adapter_limits.correction
+    correction_rank = 0 if correction is None else correction.rank
     memory = plan_memory(config, model, max_model_len)
     blocks = BlockPool(memory.num_blocks, config.block_size)
     pool = AdapterPool(
@@ -116,28 +120,22 @@ def assemble(
     host = HostTier(
         memory.host_bytes,
         model.targets,
-        AdapterLimits(
-            max_rank=config.max_lora_rank,
-            dtype=model.dtype,
-            base_model_name=config.model_name or model.name,
-            base_weights=BaseWeights.of_model(model.module),
-            parameters=parameter_shapes(model.module),
-            replaceable=replaceable_parameters(model.module, model.targets),
-        ),
+        adapter_limits,
         pin=on_gpu,
         max_loads=min(8, max(4, (os.cpu_count() or 1) // 2)),
     )
-    adapters = AdapterResidency(host, pool, on_move=emit)
+    adapters = AdapterResidency(host, pool, on_move=emit, correction=correction)
     limits = SchedulerConfig(
         max_model_len=max_model_len,
         max_batched_tokens=config.max_batched_tokens,
         max_batch_sequences=config.max_batch_sequences,
-        max_batch_ranks=config.max_batch_ranks,
+        max_batch_ranks=max(1, config.max_batch_ranks - correction_rank),  # the base model may be in any batch
         locality=config.locality,
         residency_quantum=config.residency_quantum,
     )
     scheduler = Scheduler(limits, blocks, adapters, Policies(config.policies))
-    runner = Runner(model, adapters, memory.num_blocks, config.block_size, limits, config.max_lora_rank)
+    max_rank = config.max_lora_rank + correction_rank
+    runner = Runner(model, adapters, memory.num_blocks, config.block_size, limits, max_rank)
     if on_gpu and config.cuda_graphs:
         try:
             runner.capture_graphs()
@@ -163,6 +161,24 @@ def assemble(
         dtype=str(model.dtype).removeprefix("torch."),
     )
     return EngineParts(engine, runner, scheduler, blocks, adapters, ready)
+
+
+def _adapter_limits(config: EngineConfig, model: ServedModel) -> AdapterLimits:
+    """What adapters may be; `config.merge_adapter` is merged into the model here."""
+    limits = AdapterLimits(
+        max_rank=config.max_lora_rank,
+        dtype=model.dtype,
+        base_model_name=config.model_name or model.name,
+        base_weights=BaseWeights.of_model(model.module),
+        parameters=parameter_shapes(model.module),
+        replaceable=replaceable_parameters(model.module, model.targets),
+    )
+    if config.merge_adapter is None:
+        return limits
+    correction = merge_in_place(model, config.merge_adapter, limits)
+    adapter_id, revision = correction.key
+    log.info("adapter_merged", adapter_id=adapter_id, revision=revision, modules=len(correction.layout.modules))
+    return replace(limits, correction=correction)
 
 
 def _context_length(config: EngineConfig, model: ServedModel) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.scheduler.policy import AdapterPolicy
 
 
@@ -25,6 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     residency_quantum: float = 8192.0
     policies: tuple[AdapterPolicy, ...] = ()
     max_lora_rank: int = 256
+    merge_adapter: AdapterReference | None = None  # its files stay where they are as long as the engine runs
     kv_cache_memory: int | None = None
     adapter_memory: int | None = None
     host_memory: int | None = None

@@ -137,8 +137,7 @@ class Runner:
         return InFlightStep(sequences, sample)
 
     def _slot(self, chunk: Chunk) -> int:
-        key = chunk.sequence.adapter_key
-        return NO_ADAPTER if key is None else self._adapters.slot(key)
+        return self._adapters.slot(chunk.sequence.adapter_key)
 
     def _form(self, plan: StepPlan) -> _Form:
         """The shape of a step: a graph's where one has room, else its own."""

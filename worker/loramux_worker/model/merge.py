@@ -156,17 +156,22 @@ def _ties(name: str) -> ConfigurationError:
     )
 
 
+def add_product(target: TargetModule, a: Tensor, b: Tensor) -> Change:
+    """W + Bᵀ·A of a plain LoRA; float32 `a` [rank, in] and `b` [rank, out] with the scaling in it."""
+    left, right = (a, b) if _has_rows_of_inputs(target) else (b, a)
+    return lambda rows, first: rows + left[:, first : first + rows.shape[0]].t() @ right
+
+
+def _has_rows_of_inputs(target: TargetModule) -> bool:
+    """Whether the rows of the weight, as it is stored, are inputs; else they are outputs."""
+    return target.fan_in_fan_out or target.kind is TargetKind.EMBEDDING
+
+
 def _sum(weight: StoredTensor, module: ModuleWeights, target: TargetModule, magnitude: Tensor | None) -> Change:
-    # a [rank, in], b [rank, out] with the scaling in it; the weight's rows are outputs, or else inputs
-    has_rows_of_inputs = target.fan_in_fan_out or target.kind is TargetKind.EMBEDDING
-    left, right = (module.a, module.b) if has_rows_of_inputs else (module.b, module.a)
-
-    def add(rows: Tensor, first: int) -> Tensor:
-        return rows + left[:, first : first + rows.shape[0]].t() @ right
-
+    add = add_product(target, module.a, module.b)
     if magnitude is None:
         return add
-    return _scaled_columns(weight, add, magnitude) if has_rows_of_inputs else _scaled_rows(add, magnitude)
+    return _scaled_columns(weight, add, magnitude) if _has_rows_of_inputs(target) else _scaled_rows(add, magnitude)
 
 
 def _scaled_rows(add: Change, magnitude: Tensor) -> Change:
