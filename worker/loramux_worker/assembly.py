@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from loramux_schemas import AdapterName
 from loramux_worker.adapters.catalog import AdapterCatalog
 from loramux_worker.adapters.disk import DiskTier
 from loramux_worker.adapters.store import AdapterStore
@@ -17,7 +18,8 @@ from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Duplicates
 from loramux_worker.engine.config import EngineConfig
-from loramux_worker.engine.protocol import AdapterMoved
+from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
+from loramux_worker.errors import ConfigurationError, RequestFailed
 from loramux_worker.front import Front
 from loramux_worker.front_state import FrontCollector
 from loramux_worker.health import HealthServer
@@ -66,7 +68,8 @@ async def assemble(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -
     topic, group_id = settings.requests_topic, settings.group_id
     if settings.delivery == "exactly_once":
         await require_transactions(connection, topic=topic, group_id=group_id, timeout=settings.startup_timeout)
-    pool = EnginePool(_engine_configs(settings), on_move)
+    merged = await lease_merged(settings, catalog, stack)
+    pool = EnginePool(engine_configs(settings, merged), on_move)
     stack.push_async_callback(pool.close)
     engines = asyncio.create_task(pool.start())
     stack.callback(engines.cancel)
@@ -139,11 +142,26 @@ async def assemble(settings: WorkerSettings, stack: contextlib.AsyncExitStack) -
     return front, health
 
 
-def _engine_configs(settings: WorkerSettings) -> list[EngineConfig]:
+async def lease_merged(
+    settings: WorkerSettings, catalog: AdapterCatalog, stack: contextlib.AsyncExitStack
+) -> AdapterReference | None:
+    """The adapter of `--merge-adapter`. Engines may start anew at any time: its folder stays until the worker ends."""
+    if settings.merge_adapter is None:
+        return None
+    try:
+        reference = await catalog.acquire(AdapterName.parse(settings.merge_adapter))
+    except RequestFailed as error:
+        raise ConfigurationError(f"--merge-adapter {settings.merge_adapter}: {error}") from error
+    stack.callback(catalog.release, reference)
+    return reference
+
+
+def engine_configs(settings: WorkerSettings, merged: AdapterReference | None) -> list[EngineConfig]:
     """One config an engine; on a machine with several GPUs each has its own."""
     shared = {
         name: getattr(settings, name) for name in EngineConfig.__struct_fields__ if name in WorkerSettings.model_fields
     }
+    shared["merge_adapter"] = merged
     for name in ("kv_cache_memory", "adapter_memory", "host_memory"):
         shared[name] = None if shared[name] is None else int(shared[name])  # the wire knows no ByteSize
     shared["policies"] = settings.policies

@@ -34,6 +34,8 @@ class EnginePool:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="loramux-")
         self._ids = itertools.count(1)
+        merged = configs[0].merge_adapter
+        self._merged = None if merged is None else merged.key
         folder = Path(self._folder.name)
         self._engines = [EngineClient(index, config, folder, on_move) for index, config in enumerate(configs)]
 
@@ -107,7 +109,7 @@ class EnginePool:
         self._nearest(adapter).prefetch(adapter)
 
     def _nearest(self, adapter: AdapterReference | None) -> EngineClient:
-        if adapter is None or len(self._engines) == 1:
+        if adapter is None or adapter.key == self._merged or len(self._engines) == 1:  # every engine has it
             return min(self._engines, key=lambda e: e.in_flight)
         first, second = sorted(self._engines, key=lambda e: _affinity(adapter, e.index), reverse=True)[:2]
         return second if first.in_flight > second.in_flight + _IMBALANCE else first

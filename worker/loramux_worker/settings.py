@@ -100,6 +100,11 @@ class WorkerSettings(BaseSettings):
         validate_default=True,
         description="adapter ids to load at start, separated by commas (also LORA_ADAPTERS)",
     )
+    merge_adapter: str | None = Field(
+        None,
+        description="one hot adapter, id or id@revision, to be merged into the base weights: it runs at the base "
+        "model's speed, all others and the base model have it taken off again",
+    )
     authorization_file: Path | None = Field(
         None, description="TOML file that says which tenant may use which adapters; none: everybody may use all"
     )
@@ -221,6 +226,13 @@ class WorkerSettings(BaseSettings):
         for name in names:
             AdapterName.parse(name)
         return names
+
+    @field_validator("merge_adapter")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None:
+            AdapterName.parse(name)
+        return name
 
     @cached_property
     def policies(self) -> tuple[AdapterPolicy, ...]:
