@@ -19,8 +19,12 @@ NEW_TOKENS = 48
 
 
 # to Kafka GPT-2 is as the others are: the engine's tests see to it
-@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "gpt2"])
-async def test_greedy_tokens_equal_peft(kafka: KafkaCluster, kafka_topics, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "merged"), [*((name, None) for name in CONFIGS if name != "gpt2"), ("llama", 1)]
+)
+async def test_greedy_tokens_equal_peft(
+    kafka: KafkaCluster, kafka_topics, tmp_path: Path, architecture: str, merged: int | None
+) -> None:
     model = make_model(tmp_path, architecture, num_adapters=8)
     rng = random.Random(architecture)
     jobs = []
@@ -30,6 +34,7 @@ async def test_greedy_tokens_equal_peft(kafka: KafkaCluster, kafka_topics, tmp_p
         adapter_id = None if i % 9 == 8 else model.adapter_ids[i % 9]
         jobs.append(([rng.randrange(256) for _ in range(length)], adapter_id))
     topics = worker_topics(kafka_topics)
+    merge = {} if merged is None else {"merge_adapter": model.adapter_ids[merged]}
     with WorkerProcess(
         kafka.bootstrap_servers,
         model.path,
@@ -40,6 +45,7 @@ async def test_greedy_tokens_equal_peft(kafka: KafkaCluster, kafka_topics, tmp_p
         block_size=8,
         kv_cache_memory=kv_cache_bytes(model.path, num_blocks=40, block_size=8),  # not enough: preemption
         dtype="float32",
+        **merge,
         **topics,
     ) as worker:
         async with Client(
@@ -56,6 +62,11 @@ async def test_greedy_tokens_equal_peft(kafka: KafkaCluster, kafka_topics, tmp_p
                 )
             )
         assert await eventually(lambda: worker.metric("loramux_preemptions_total")) > 0
+        resident = (
+            'loramux_adapters_resident{tier="gpu"}'  # neither the merged one nor what takes it off the base model
+        )
+        assert await eventually(lambda: worker.metric(resident) == len(model.adapter_ids) - len(merge))
+        assert 'adapter=""' not in worker.get("/metrics")
     reference = model.reference()
     for (prompt, adapter_id), reply in zip(jobs, replies, strict=True):
         assert list(reply.token_ids) == reference.generate(prompt, adapter_id, NEW_TOKENS), adapter_id

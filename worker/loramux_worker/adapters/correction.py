@@ -17,9 +17,13 @@ from loramux_worker.adapters.targets import TargetModule
 
 
 class CorrectedModule(NamedTuple):
-    """A module whose last rows are the correction's. Of an embedding, `token_ids` have vectors of the adapter's own."""
+    """A module of an adapter whose last rows are the correction's, and where it has them.
+
+    Of an embedding, `token_ids` have vectors of the adapter's own.
+    """
 
     layout: ModuleLayout
+    source: ModuleLayout
     token_ids: tuple[int, ...]
 
 
@@ -54,17 +58,17 @@ class Correction:
         self, ranks: Mapping[int, int], layout: AdapterLayout, targets: Sequence[TargetModule]
     ) -> tuple[CorrectedModule, ...]:
         """The modules of `layout`, of an adapter whose own are `ranks`, that have rows for the correction."""
+        sources = {module.target: module for module in self.layout.modules}
         tokens = {tensor.module: tensor.token_ids for tensor in layout.own if tensor.parameter == TRAINED_TOKENS}
         return tuple(
-            CorrectedModule(module, tokens.get(targets[module.target].name, ()))
+            CorrectedModule(module, sources[module.target], tokens.get(targets[module.target].name, ()))
             for module in layout.modules
             if module.rank > ranks.get(module.target, 0)
         )
 
     def fill(self, run: Tensor, corrected: CorrectedModule) -> None:
         """Write a module's part of the correction into its rows of an adapter's run."""
-        module, token_ids = corrected
-        source = next(mine for mine in self.layout.modules if mine.target == module.target)
+        module, source, token_ids = corrected
         a, b = module.a(run)[-source.rank :], module.b(run)[-source.rank :]
         a.copy_(source.a(self.run))
         b.copy_(source.b(self.run))
