@@ -102,7 +102,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 BATCHES: dict[str, list[tuple[tuple[int, ...], str | None]]] = {
     "as it is": [((40, 41, 42), "all"), ((7,), "queries"), ((100, 3), "down"), ((5,), None), ((250,), "edges")],
     "padded": [(tuple(range(40, 50)), "all"), ((7,), "queries"), ((100, 3), None)],
+    "merged": [((40, 41, 42), "all"), ((7,), "queries"), ((100, 3), None), ((5,), "down")],
 }
+MERGED = "down"
 
 
 @pytest.fixture
@@ -131,13 +133,14 @@ def test_tokens_equal_peft_in_the_interpreter(few: Adapters, how: str, monkeypat
         max_batched_tokens=16,
         max_batch_sequences=5,
         max_lora_rank=20,
+        merge_adapter=few.reference(MERGED) if how == "merged" else None,
         kv_cache_memory=1 << 20,
         adapter_memory=1 << 20,
         host_memory=1 << 20,
     )
-    graphs = pad_to_graphs(recorder.parts.runner) if how == "padded" else None
+    graphs = pad_to_graphs(recorder.parts.runner) if how != "as it is" else None
     submissions = [few.submit(i, *request, 2) for i, request in enumerate(BATCHES[how])]
-    recorder.load([s.adapter for s in submissions if s.adapter])
+    recorder.load([s.adapter for s in submissions if s.adapter and (how, s.adapter.adapter_id) != ("merged", MERGED)])
     for submission in submissions:
         recorder.parts.engine.handle(submission)
     recorder.run([])
@@ -148,6 +151,7 @@ def test_tokens_equal_peft_in_the_interpreter(few: Adapters, how: str, monkeypat
         prefill, decode = graphs.replayed
         assert prefill.lora
         assert decode.lora
+    if how == "padded":
         assert (prefill.shape.tokens, prefill.shape.most_query_tokens) == (16, 16)
         assert prefill.shape.segments, "few adapters have many rows"
         assert (decode.shape.tokens, decode.shape.most_query_tokens, decode.shape.segments) == (4, 1, 0)
