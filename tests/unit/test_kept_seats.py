@@ -47,9 +47,10 @@ def test_nothing_is_kept_when_nobody_has_come_for_a_while() -> None:
         kept.tick()
         kept.taken(0, 20)
     assert kept.number == 2
-    assert not kept.may_take(40, 20, free=2)
-    assert kept.may_take(3, 20, free=2)
-    assert kept.may_take(40, 20, free=3)
+    assert not kept.may_take(40, 20, free=2, waiting=9)
+    assert kept.may_take(3, 20, free=2, waiting=9)
+    assert kept.may_take(40, 20, free=3, waiting=9)
+    assert kept.may_take(40, 20, free=2, waiting=2)
     for _ in range(300):
         kept.tick()
         kept.taken(40, 20)  # has more than its share

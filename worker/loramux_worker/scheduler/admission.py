@@ -59,7 +59,7 @@ class Admission:
         num_examined = 0
         while draft.tokens_left and (free := self._batch.num_free) and (lane := self._next(num_examined)) is not None:
             has, others = lane.client.in_service, self._batch.num_other_adapters(lane.key)
-            if not self._kept_seats.may_take(has, others, free):
+            if not self._kept_seats.may_take(has, others, free, len(self._queue)):
                 break  # and nobody goes past the one whose turn it is
             joining = self._batch.join(lane)
             if joining is Joining.JOINED:

@@ -14,7 +14,8 @@ class KeptSeats:
 
     Fair order says who is next, but not when there is a next: where one adapter has filled the batch, all its sequences
     may have begun together and end together, and whoever comes meanwhile waits for that. So who has more than an equal
-    share of the seats does not get the last ones while others come. An adapter that is alone gets all.
+    share of the seats does not get the last ones while others come, unless there are seats for all who wait. An adapter
+    that is alone gets all.
     """
 
     def __init__(self, num_seats: int) -> None:
@@ -28,9 +29,12 @@ class KeptSeats:
         """Seats that are kept."""
         return min(self._most, math.ceil(2 * self._rate)) if self._rate >= _LEAST_RATE else 0
 
-    def may_take(self, has: int, others: int, free: int) -> bool:
-        """Whether one of the `free` seats is for a client that has so many, beside so many other clients."""
-        return free > self.number or self._has_less(has, others)
+    def may_take(self, has: int, others: int, free: int, waiting: int) -> bool:
+        """Whether one of the `free` seats is for a client that has so many, beside so many other clients.
+
+        `waiting`: sequences that have none yet.
+        """
+        return free > self.number or waiting <= free or self._has_less(has, others)
 
     def tick(self) -> None:
         """A step begins."""
