@@ -1,6 +1,6 @@
 """Draw the decode steps of `bench_engine.py` beside their byte floor.
 
-python tests/benchmarks/plot_engine.py tests/benchmarks/results/engine-8b.json tests/benchmarks/results/engine.png
+python tests/benchmarks/plot_engine.py tests/benchmarks/results/engine-8b-h200.json engine.png
 """
 
 from __future__ import annotations

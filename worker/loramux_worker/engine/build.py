@@ -122,7 +122,7 @@ def assemble(
         model.targets,
         adapter_limits,
         pin=on_gpu,
-        max_loads=min(8, max(4, (os.cpu_count() or 1) // 4)),  # more would take their time from the steps
+        max_loads=min(8, max(4, (os.cpu_count() or 1) // 2)),
     )
     adapters = AdapterResidency(host, pool, on_move=emit, correction=correction)
     limits = SchedulerConfig(
