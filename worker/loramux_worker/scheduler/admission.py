@@ -52,6 +52,8 @@ class Admission:
         self._without_room.clear()
         num_examined = 0
         while draft.tokens_left and not self._batch.is_full and (lane := self._next(num_examined)) is not None:
+            if not self._batch.has_seat(lane.client):
+                break  # nobody goes past the one whose turn it is: what comes anew has had less
             joining = self._batch.join(lane)
             if joining is Joining.JOINED:
                 self._begin(lane, draft, now)

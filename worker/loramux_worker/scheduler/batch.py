@@ -40,6 +40,9 @@ class Batch:
     A sequence that joins is given blocks for all tokens it has, so that only decoding can run short of them. Joining
     leaves one block in a hundred free, at least one: without it, the first decode step after an admission would
     preempt what was just admitted. Into an empty batch it leaves none, so that a sequence as long as the cache runs.
+
+    One seat in sixteen is kept for adapters of which nothing runs: whoever asks now and then finds one at once, and
+    need not wait until a sequence of those ends who would fill the batch.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockPool, adapters: AdapterTiers) -> None:
@@ -50,6 +53,7 @@ class Batch:
         self._block_size = blocks.block_size
         self._adapters = adapters
         self._reserved_blocks = max(1, blocks.num_blocks // 100)
+        self._reserved_seats = config.max_running // 16
 
     def __len__(self) -> int:
         return len(self.seats)
@@ -58,6 +62,11 @@ class Batch:
     def is_full(self) -> bool:
         """Whether as many sequences run as may."""
         return len(self.seats) >= self._max_running
+
+    def has_seat(self, client: Client) -> bool:
+        """Whether one more sequence of the client may run, as far as their number goes."""
+        kept = self._reserved_seats if client.in_service else 0
+        return len(self.seats) + kept < self._max_running
 
     def join(self, lane: Lane) -> Joining:
         """Let the head of a lane run: take its blocks, pin its adapter. Unless it JOINED, nothing has changed."""
