@@ -60,6 +60,7 @@ class Front:
         self._tasks: dict[asyncio.Task[None], Glanced] = {}
         self._seated: set[Glanced] = set()
         self._freed = asyncio.Event()
+        self._starter: asyncio.Handle | None = None
         self._drain_began: float | None = None
 
     @property
@@ -87,6 +88,7 @@ class Front:
             records = await self._intake.take(self._window.room, _TAKE_TIMEOUT, self._window.full_partitions)
             if self._drain_began is None:
                 self._park(records)
+            await asyncio.sleep(0)  # what the consumer has fetched before, it gives without a turn for anybody else
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more; let what runs finish for `timeout` seconds, then give it up (it stays in Kafka).
@@ -114,13 +116,23 @@ class Front:
             request = glance(record)
             self._window.park(request)
             self._alarms.arm(request)
-        self._start()
+        self._start_soon()
+
+    def _start_soon(self) -> None:
+        if self._starter is None:
+            self._starter = asyncio.get_running_loop().call_soon(self._start)
 
     def _start(self) -> None:
-        while (request := self._window.start()) is not None:
+        """Begin the next request that has a seat, and the others in later turns of the event loop, one in each.
+
+        Parsing a prompt takes most of a millisecond: hundreds of a flood in one turn would hold up everybody's tokens.
+        """
+        self._starter = None
+        if (request := self._window.start()) is not None:
             self._alarms.disarm([request])
             self._seated.add(request)
             self._begin(request)
+            self._start_soon()
 
     def _expedite(self, request: Glanced) -> None:
         """Answer a parked request that was cancelled or is late. It wants no engine, so it needs no seat."""
@@ -180,7 +192,7 @@ class Front:
         if request in self._seated:
             self._seated.remove(request)
             self._window.finish(request)
-            self._start()
+            self._start_soon()
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # the record stays undone: it is read again by whoever owns the partition next

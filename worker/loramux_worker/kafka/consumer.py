@@ -32,6 +32,9 @@ def consumer_options(connection: KafkaConnection, group_id: str, session_timeout
         # Positions come from commits that we write ourselves; a silent reset would lose or repeat requests.
         "auto_offset_reset": "none",
         "isolation_level": "read_committed",
+        # aiokafka fetches nothing more from a broker before what it fetched is taken: so much of one partition's
+        # backlog the others may have to wait for. A larger message comes all the same, alone.
+        "max_partition_fetch_bytes": 64 << 10,
         "session_timeout_ms": int(session_timeout * 1000),
         "heartbeat_interval_ms": int(min(1.0, session_timeout / 3) * 1000),
         # Below the request timeout: a JoinGroup waits this long for its answer.
