@@ -159,6 +159,33 @@ def test_a_flood_on_one_adapter_is_not_felt_by_the_others() -> None:
     assert any(sequence in flooded.finished for sequence in flood)
 
 
+def test_a_seat_is_free_for_whoever_comes_into_a_flood_of_long_answers() -> None:
+    """None of the flood ends for 200 steps, yet nobody waits: one seat in sixteen is for those of whom nothing runs."""
+    config = SchedulerConfig(max_model_len=256, max_batched_tokens=128, max_batch_sequences=64)
+    engine = FakeEngine(config, num_blocks=4000)
+    for _ in range(200):
+        engine.add("flood", prompt=8, new=200)
+    for _ in range(20):
+        engine.step()
+    assert engine.scheduler.num_running == 60
+    lights = [engine.add(f"light-{number}", prompt=8, new=8) for number in range(4)]
+    step = engine.step()
+    assert set(lights) <= {chunk.sequence for chunk in step.chunks}
+    assert len(step.chunks) == 64
+    for _ in range(8):
+        engine.step()
+    before = engine.num_steps
+    assert {wait - before for wait in first_steps_of_light_ones(engine, 180)} == {0}
+
+
+def test_no_seat_is_kept_from_those_of_whom_nothing_runs() -> None:
+    config = SchedulerConfig(max_model_len=256, max_batched_tokens=1024, max_batch_sequences=64)
+    engine = FakeEngine(config, num_blocks=4000)
+    for number in range(100):
+        engine.add(f"adapter-{number}", prompt=8, new=8)
+    assert len(engine.step().chunks) == 64
+
+
 def test_ten_thousand_adapters_with_one_request_each_are_all_answered_in_turn() -> None:
     config = SchedulerConfig(max_model_len=64, max_batch_sequences=64)
     engine = FakeEngine(config, num_blocks=800, tiers=FakeTiers(slots=16))

@@ -130,7 +130,7 @@ def assemble(
     adapters = AdapterResidency(host, pool, on_move=emit)
     limits = SchedulerConfig(
         max_model_len=max_model_len,
-        max_batched_tokens=config.max_batched_tokens,
+        max_batched_tokens=config.step_tokens(model.device.type),
         max_batch_sequences=config.max_batch_sequences,
         max_batch_ranks=config.max_batch_ranks,
         locality=config.locality,
