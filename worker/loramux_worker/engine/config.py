@@ -9,7 +9,6 @@ import msgspec
 
 from loramux_worker.scheduler.policy import AdapterPolicy
 
-
 # A step of so many prompt tokens takes some tens of milliseconds, for which everybody's next token waits.
 STEP_TOKENS: Final = {"cuda": 2048, "cpu": 128}
 

@@ -42,8 +42,8 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
         free = torch.cuda.mem_get_info(model.device)[0] - step_memory(config, model)
         if free <= 0:
             raise ConfigurationError(
-                f"--max-batched-tokens {config.step_tokens(model.device.type)}: a step does not fit into what the weights leave "
-                "of the GPU; say fewer, or fewer --max-batch-sequences"
+                f"--max-batched-tokens {config.step_tokens(model.device.type)}: a step does not fit into what the "
+                "weights leave of the GPU; say fewer, or fewer --max-batch-sequences"
             )
         kv, adapters = int(free * _GPU_KV_SHARE), int(free * _GPU_ADAPTER_SHARE)
     else:
