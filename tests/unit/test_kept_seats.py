@@ -5,7 +5,6 @@ from __future__ import annotations
 from scheduler_support import FakeEngine
 
 from loramux_worker.scheduler.config import SchedulerConfig
-from loramux_worker.scheduler.kept_seats import KeptSeats
 
 CONFIG = SchedulerConfig(max_model_len=100, max_batched_tokens=512, max_batch_sequences=64)
 
@@ -36,30 +35,25 @@ def test_whoever_asks_now_and_then_finds_a_seat_at_once() -> None:
     assert max(late) <= 4  # of the 16 that a wave takes
 
 
-def test_an_adapter_that_is_alone_has_every_seat() -> None:
+def test_a_flood_that_is_alone_leaves_one_seat_in_sixteen() -> None:
     engine, _ = flooded(light_every=None)
+    assert engine.scheduler.num_running == 60
+
+
+def test_all_seats_are_taken_when_there_is_one_for_each() -> None:
+    engine = FakeEngine(CONFIG, num_blocks=4096)
+    for _ in range(64):
+        engine.add("alone", prompt=8, new=16)
+    engine.step()
     assert engine.scheduler.num_running == 64
 
 
-def test_nothing_is_kept_when_nobody_has_come_for_a_while() -> None:
-    kept = KeptSeats(64)
+def test_who_has_less_than_a_share_gets_one_of_the_last_seats_again() -> None:
+    engine = FakeEngine(CONFIG, num_blocks=4096)
     for _ in range(200):
-        kept.tick()
-        kept.taken(0, 20)
-    assert kept.number == 2
-    assert not kept.may_take(40, 20, free=2, waiting=9)
-    assert kept.may_take(3, 20, free=2, waiting=9)
-    assert kept.may_take(40, 20, free=3, waiting=9)
-    assert kept.may_take(40, 20, free=2, waiting=2)
-    for _ in range(300):
-        kept.tick()
-        kept.taken(40, 20)  # has more than its share
-    assert kept.number == 0
-
-
-def test_a_small_batch_keeps_none() -> None:
-    kept = KeptSeats(7)
-    for _ in range(100):
-        kept.tick()
-        kept.taken(0, 20)
-    assert kept.number == 0
+        engine.add("heavy", prompt=8, new=60)
+    engine.step()
+    for expected in (61, 62, 63, 64):
+        engine.add("light", prompt=8, new=60)
+        engine.step()
+        assert engine.scheduler.num_running == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from loramux_worker.engine.build import assemble
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.engine.memory import plan_memory, step_memory
 from loramux_worker.errors import ConfigurationError
@@ -28,6 +29,13 @@ def test_a_step_is_given_room_for_its_logits_and_for_a_layer(model: ServedModel)
     layer = sum(t.out_features for t in model.targets if ".layers.0." in t.name) * model.dtype.itemsize
     longer = replace(config, max_batched_tokens=1024)
     assert step_memory(longer, model) - step_memory(config, model) >= 512 * layer
+
+
+def test_a_step_has_as_many_tokens_as_the_device_computes_in_some_milliseconds(model: ServedModel) -> None:
+    assert EngineConfig(model="tiny").step_tokens("cuda") == 2048
+    assert assemble(EngineConfig(model="tiny"), model, [].append).scheduler.config.max_batched_tokens == 128
+    asked = EngineConfig(model="tiny", max_batched_tokens=512)
+    assert asked.step_tokens("cuda") == asked.step_tokens("cpu") == 512
 
 
 def test_a_cache_that_holds_no_sequence_is_refused(model: ServedModel) -> None:

@@ -9,7 +9,6 @@ from loramux_schemas import ErrorCode, KafkaConnection, ReplyRoute, Request
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.errors import RequestFailed
 from loramux_worker.front import Front
-from loramux_worker.glance import glance
 from loramux_worker.kafka.dead_letters import dead_letter
 from loramux_worker.kafka.publisher import Publisher
 from loramux_worker.kafka.records import OutgoingRecord, Record
@@ -49,7 +48,7 @@ async def answered(record: Record, answers: tuple[OutgoingRecord, ...], delivery
         return answers
 
     await Front(None, answer, writer(), publisher(), delivery, Window(1, 0.5, 1, 1), Cancellations(60.0))._answer(
-        glance(record)
+        record
     )
 
 

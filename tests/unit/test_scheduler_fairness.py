@@ -117,7 +117,7 @@ def test_weights_share_the_service(num_blocks: int) -> None:
 
 
 def test_the_engine_is_never_idle_while_something_can_run() -> None:
-    """With room for them, every token is given, or every seat taken but for the one in eight that may be kept."""
+    """With sequences and room for them, every seat is taken or every token is given."""
     config = SchedulerConfig(max_model_len=64, max_batched_tokens=32, max_batch_sequences=8)
     engine = FakeEngine(config, num_blocks=256)
     random_ = random.Random(2)
@@ -125,7 +125,7 @@ def test_the_engine_is_never_idle_while_something_can_run() -> None:
         engine.add(f"adapter-{number % 20}", prompt=random_.randint(1, 30), new=random_.randint(1, 20))
     step = engine.step()
     while engine.scheduler.num_waiting:
-        assert len(step.chunks) >= 7 or sum(chunk.num_tokens for chunk in step.chunks) == 32
+        assert len(step.chunks) == 8 or sum(chunk.num_tokens for chunk in step.chunks) == 32
         step = engine.step()
     engine.drain(200)
 
@@ -157,6 +157,33 @@ def test_a_flood_on_one_adapter_is_not_felt_by_the_others() -> None:
     assert sum(waits) / len(waits) <= 2.0
     assert flooded.scheduler.num_waiting > 800, "the flood is still there"
     assert any(sequence in flooded.finished for sequence in flood)
+
+
+def test_a_seat_is_free_for_whoever_comes_into_a_flood_of_long_answers() -> None:
+    """None of the flood ends for 200 steps, yet nobody waits: one seat in sixteen is for those of whom nothing runs."""
+    config = SchedulerConfig(max_model_len=256, max_batched_tokens=128, max_batch_sequences=64)
+    engine = FakeEngine(config, num_blocks=4000)
+    for _ in range(200):
+        engine.add("flood", prompt=8, new=200)
+    for _ in range(20):
+        engine.step()
+    assert engine.scheduler.num_running == 60
+    lights = [engine.add(f"light-{number}", prompt=8, new=8) for number in range(4)]
+    step = engine.step()
+    assert set(lights) <= {chunk.sequence for chunk in step.chunks}
+    assert len(step.chunks) == 64
+    for _ in range(8):
+        engine.step()
+    before = engine.num_steps
+    assert {wait - before for wait in first_steps_of_light_ones(engine, 180)} == {0}
+
+
+def test_no_seat_is_kept_from_those_of_whom_nothing_runs() -> None:
+    config = SchedulerConfig(max_model_len=256, max_batched_tokens=1024, max_batch_sequences=64)
+    engine = FakeEngine(config, num_blocks=4000)
+    for number in range(100):
+        engine.add(f"adapter-{number}", prompt=8, new=8)
+    assert len(engine.step().chunks) == 64
 
 
 def test_ten_thousand_adapters_with_one_request_each_are_all_answered_in_turn() -> None:

@@ -165,15 +165,7 @@ def engine_configs(settings: WorkerSettings, merged: AdapterReference | None) ->
     for name in ("kv_cache_memory", "adapter_memory", "host_memory"):
         shared[name] = None if shared[name] is None else int(shared[name])  # the wire knows no ByteSize
     shared["policies"] = settings.policies
-    return [
-        EngineConfig(**{**shared, "device": device, "max_batched_tokens": _tokens_of_a_step(settings, device)})
-        for device in _devices(settings)
-    ]
-
-
-def _tokens_of_a_step(settings: WorkerSettings, device: str) -> int:
-    """As asked; else so many that a step takes some tens of milliseconds, which everybody waits for who comes in it."""
-    return settings.max_batched_tokens or (2048 if device.startswith("cuda") else 256)
+    return [EngineConfig(**{**shared, "device": device}) for device in _devices(settings)]
 
 
 def _devices(settings: WorkerSettings) -> list[str]:

@@ -33,16 +33,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _TAKE_TIMEOUT = 0.2  # seconds that one look into Kafka waits
-_PREPARED_AT_ONCE = 16  # requests: some milliseconds of work, which whoever comes next waits for
-_PREPARING_SECONDS = 0.02  # after which one waits for something else, such as its adapter's download
 
 
 class Front:
-    """Takes records as far as the window allows and has each answered by a task of its own, once it has a seat.
-
-    Seats are given a few at a time, as fast as requests are prepared: a flood that has hundreds at once would hold up
-    everything else for as long as it takes to parse and tokenise them all.
-    """
+    """Takes records as far as the window allows and has each answered by a task of its own, once it has a seat."""
 
     def __init__(
         self,
@@ -65,8 +59,8 @@ class Front:
         self._tracing = tracing
         self._tasks: dict[asyncio.Task[None], Glanced] = {}
         self._seated: set[Glanced] = set()
-        self._preparing: set[Glanced] = set()
         self._freed = asyncio.Event()
+        self._starter: asyncio.Handle | None = None
         self._drain_began: float | None = None
 
     @property
@@ -122,20 +116,23 @@ class Front:
             request = glance(record)
             self._window.park(request)
             self._alarms.arm(request)
-        self._start()
+        self._start_soon()
+
+    def _start_soon(self) -> None:
+        if self._starter is None:
+            self._starter = asyncio.get_running_loop().call_soon(self._start)
 
     def _start(self) -> None:
-        while len(self._preparing) < _PREPARED_AT_ONCE and (request := self._window.start()) is not None:
+        """Begin the next request that has a seat, and the others in later turns of the event loop, one in each.
+
+        Parsing a prompt takes most of a millisecond: hundreds of a flood in one turn would hold up everybody's tokens.
+        """
+        self._starter = None
+        if (request := self._window.start()) is not None:
             self._alarms.disarm([request])
             self._seated.add(request)
-            self._preparing.add(request)
             self._begin(request)
-            asyncio.get_running_loop().call_later(_PREPARING_SECONDS, self._prepared, request)
-
-    def _prepared(self, request: Glanced) -> None:
-        if request in self._preparing:
-            self._preparing.remove(request)
-            self._start()
+            self._start_soon()
 
     def _expedite(self, request: Glanced) -> None:
         """Answer a parked request that was cancelled or is late. It wants no engine, so it needs no seat."""
@@ -146,14 +143,13 @@ class Front:
 
     def _begin(self, request: Glanced) -> None:
         record = request.record
-        task = asyncio.create_task(self._answer(request), name=f"{record.partition}/{record.offset}")
+        task = asyncio.create_task(self._answer(record), name=f"{record.partition}/{record.offset}")
         self._tasks[task] = request
         task.add_done_callback(self._finished)
 
-    async def _answer(self, request: Glanced) -> None:
-        record = request.record
+    async def _answer(self, record: Record) -> None:
         structlog.contextvars.bind_contextvars(partition=record.partition, offset=record.offset)
-        watch = Stopwatch(record.timestamp_ms, on_prepared=lambda: self._prepared(request))
+        watch = Stopwatch(record.timestamp_ms)
         answers = tuple(self._fitting(record, answer) for answer in await self._answerer(record, watch))
         replaced: list[OutgoingRecord] = []
         while True:
@@ -196,8 +192,7 @@ class Front:
         if request in self._seated:
             self._seated.remove(request)
             self._window.finish(request)
-            self._preparing.discard(request)
-            self._start()
+            self._start_soon()
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # the record stays undone: it is read again by whoever owns the partition next

@@ -49,7 +49,7 @@ async def _serve(settings: WorkerSettings) -> None:
             return
         front, health = building.result()
         gc.collect()
-        gc.freeze()  # what was imported stays: no later collection looks at it, for which all requests would wait
+        gc.freeze()  # libraries and vocabulary stay: a collection that looks at them takes a quarter of a second
         log.info("worker_started", http_port=health.port, group_id=settings.group_id, topic=settings.requests_topic)
         taking = asyncio.create_task(front.take_requests())
         announcing = asyncio.create_task(_announce_ready(health))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 from loramux_schemas import Timing
@@ -19,13 +18,9 @@ class Stage(NamedTuple):
 
 
 class Stopwatch:
-    """Starts when a request is taken from Kafka; `timestamp_ms` is the record's own Unix time.
+    """Starts when a request is taken from Kafka; `timestamp_ms` is the record's own Unix time."""
 
-    `on_prepared` is called once the request is ready for an engine.
-    """
-
-    def __init__(self, timestamp_ms: int, on_prepared: Callable[[], None] = lambda: None) -> None:
-        self._on_prepared = on_prepared
+    def __init__(self, timestamp_ms: int) -> None:
         self._started = time.monotonic()
         self._in_kafka = max(0.0, time.time() - timestamp_ms / 1000)
         self._prepared: float | None = None
@@ -35,7 +30,6 @@ class Stopwatch:
     def prepared(self) -> None:
         """The prompt is tokenised and the adapter's files are on the disk."""
         self._prepared = time.monotonic()
-        self._on_prepared()
 
     def seconds_until(self, deadline_ms: int | None) -> float | None:
         """Seconds left; negative when the deadline has passed, None without one."""

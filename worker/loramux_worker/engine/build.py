@@ -127,7 +127,7 @@ def assemble(
     adapters = AdapterResidency(host, pool, on_move=emit, correction=correction)
     limits = SchedulerConfig(
         max_model_len=max_model_len,
-        max_batched_tokens=config.max_batched_tokens,
+        max_batched_tokens=config.step_tokens(model.device.type),
         max_batch_sequences=config.max_batch_sequences,
         max_batch_ranks=max(1, config.max_batch_ranks - correction_rank),  # the base model may be in any batch
         locality=config.locality,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.scheduler.policy import AdapterPolicy
+
+# A step of so many prompt tokens takes some tens of milliseconds, for which everybody's next token waits.
+STEP_TOKENS: Final = {"cuda": 2048, "cpu": 128}
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -19,7 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     dtype: str = "auto"  # auto, float32, float16, bfloat16
     block_size: int = 16
     max_model_len: int | None = None  # None: from the model
-    max_batched_tokens: int = 2048
+    max_batched_tokens: int | None = None  # None: `STEP_TOKENS` of the device
     max_batch_sequences: int = 256
     max_batch_ranks: int = 4096
     locality: float = 0.0
@@ -33,6 +37,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
     cuda_graphs: bool = True
     log_format: str = "text"
     log_level: str = "info"
+
+    def step_tokens(self, device_type: str) -> int:
+        """Tokens of one step at most, on a device of this type."""
+        return self.max_batched_tokens or STEP_TOKENS[device_type]
 
 
 def confine(config: EngineConfig, environment: Mapping[str, str]) -> tuple[EngineConfig, dict[str, str]]:

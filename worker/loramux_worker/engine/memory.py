@@ -42,8 +42,8 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
         free = torch.cuda.mem_get_info(model.device)[0] - step_memory(config, model)
         if free <= 0:
             raise ConfigurationError(
-                f"--max-batched-tokens {config.max_batched_tokens}: a step does not fit into what the weights leave "
-                "of the GPU; say fewer, or fewer --max-batch-sequences"
+                f"--max-batched-tokens {config.step_tokens(model.device.type)}: a step does not fit into what the "
+                "weights leave of the GPU; say fewer, or fewer --max-batch-sequences"
             )
         kv, adapters = int(free * _GPU_KV_SHARE), int(free * _GPU_ADAPTER_SHARE)
     else:
@@ -70,7 +70,7 @@ def plan_memory(config: EngineConfig, model: ServedModel, max_model_len: int) ->
 def step_memory(config: EngineConfig, model: ServedModel) -> int:
     """Bytes that the largest step takes on a GPU beside weights, cache and adapters; rather too many than too few."""
     sequences = config.max_batch_sequences
-    tokens = max(config.max_batched_tokens, sequences)
+    tokens = max(config.step_tokens(model.device.type), sequences)
     layers = [t for i, t in enumerate(model.targets) if i not in model.edge_targets]
     outputs = sum(t.out_features for t in layers) // model.num_layers  # of one layer, as if all were held at once
     hidden = model.targets[model.embedding_target].out_features

@@ -9,7 +9,6 @@ from loramux_worker.scheduler.batch import Batch, Joining
 from loramux_worker.scheduler.client import Client, Lane
 from loramux_worker.scheduler.config import SchedulerConfig
 from loramux_worker.scheduler.fair_queue import FairQueue
-from loramux_worker.scheduler.kept_seats import KeptSeats
 from loramux_worker.scheduler.ledger import ServiceLedger
 from loramux_worker.scheduler.service_meter import ServiceMeter
 from loramux_worker.scheduler.step import StepDraft
@@ -27,7 +26,7 @@ class Admission:
       `residency_quantum`; nobody is admitted who has had more than a quantum beyond the other's service. So enough of
       the batch ends at last.
 
-    Of the last seats some may be kept for clients that have few (`KeptSeats`).
+    The last seats are for clients that have few (`Batch.has_seat`).
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class Admission:
         self._meter = meter
         self._allowances = allowances
         self._ledger = ledger
-        self._kept_seats = KeptSeats(config.max_running)
         self._riders: list[tuple[float, int, Lane]] | None = None  # a heap; None: not made in this step
         self._without_room: list[Client] = []  # found none in this step, the least-served first
         self._passed: list[Client] = []  # by the sequence that goes next
@@ -54,16 +52,12 @@ class Admission:
         """Admit until the step is full or nobody may go. Costs a bounded number of looks at those that wait."""
         self._riders = None
         self._without_room.clear()
-        if len(self._batch):
-            self._kept_seats.tick()
         num_examined = 0
-        while draft.tokens_left and (free := self._batch.num_free) and (lane := self._next(num_examined)) is not None:
-            has, others = lane.client.in_service, self._batch.num_other_adapters(lane.key)
-            if not self._kept_seats.may_take(has, others, free, len(self._queue)):
-                break  # and nobody goes past the one whose turn it is
+        while draft.tokens_left and not self._batch.is_full and (lane := self._next(num_examined)) is not None:
+            if not self._batch.has_seat(lane, len(self._queue)):
+                break  # nobody goes past the one whose turn it is: what comes anew has had less
             joining = self._batch.join(lane)
             if joining is Joining.JOINED:
-                self._kept_seats.taken(has, others)
                 self._begin(lane, draft, now)
                 continue
             if joining is Joining.NO_BLOCKS:

@@ -11,7 +11,7 @@ from loramux_worker.scheduler.client import Client, Lane
 from loramux_worker.scheduler.config import SchedulerConfig
 from loramux_worker.scheduler.rank_budget import RankBudget
 from loramux_worker.scheduler.step import Chunk
-from loramux_worker.scheduler.tiers import AdapterKey, AdapterTiers
+from loramux_worker.scheduler.tiers import AdapterTiers
 
 
 class Seat:
@@ -40,6 +40,9 @@ class Batch:
     A sequence that joins is given blocks for all tokens it has, so that only decoding can run short of them. Joining
     leaves one block in a hundred free, at least one: without it, the first decode step after an admission would
     preempt what was just admitted. Into an empty batch it leaves none, so that a sequence as long as the cache runs.
+
+    One seat in sixteen is kept for those who have few: whoever asks now and then finds one at once, and need not wait
+    until sequences end of an adapter that would fill the batch.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockPool, adapters: AdapterTiers) -> None:
@@ -50,14 +53,26 @@ class Batch:
         self._block_size = blocks.block_size
         self._adapters = adapters
         self._reserved_blocks = max(1, blocks.num_blocks // 100)
+        self._reserved_seats = config.max_running // 16
 
     def __len__(self) -> int:
         return len(self.seats)
 
     @property
-    def num_free(self) -> int:
-        """How many more sequences may run."""
-        return self._max_running - len(self.seats)
+    def is_full(self) -> bool:
+        """Whether as many sequences run as may."""
+        return len(self.seats) >= self._max_running
+
+    def has_seat(self, lane: Lane, waiting: int) -> bool:
+        """Whether a free seat is for the lane: many are, or enough for all `waiting` sequences; or its client has few.
+
+        Few are less than an equal share, were one adapter more here than there are.
+        """
+        free = self._max_running - len(self.seats)
+        if free > self._reserved_seats or waiting <= free:
+            return True
+        others = len(self.ranks.adapters) - (lane.key in self.ranks.adapters)
+        return lane.client.in_service * (others + 2) < self._max_running
 
     def join(self, lane: Lane) -> Joining:
         """Let the head of a lane run: take its blocks, pin its adapter. Unless it JOINED, nothing has changed."""
@@ -104,10 +119,6 @@ class Batch:
     def is_rider(self, lane: Lane) -> bool:
         """Whether running the lane's sequences adds no adapter."""
         return lane.key is None or lane.key in self.ranks.adapters
-
-    def num_other_adapters(self, key: AdapterKey | None) -> int:
-        """How many adapters run beside this one."""
-        return len(self.ranks.adapters) - (key in self.ranks.adapters)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, ranks and running sequences agree."""
