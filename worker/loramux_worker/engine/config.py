@@ -11,7 +11,7 @@ from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.scheduler.policy import AdapterPolicy
 
 # A step of so many prompt tokens takes some tens of milliseconds, for which everybody's next token waits.
-STEP_TOKENS: Final = {"cuda": 2048, "cpu": 128}
+STEP_TOKENS: Final = {"cuda": 2048, "cpu": 512}
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
