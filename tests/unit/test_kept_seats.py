@@ -1,4 +1,4 @@
-"""Seats are kept for adapters that have few, while such come."""
+"""The last seats of a batch are for adapters that have few."""
 
 from __future__ import annotations
 

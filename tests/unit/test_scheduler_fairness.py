@@ -117,7 +117,7 @@ def test_weights_share_the_service(num_blocks: int) -> None:
 
 
 def test_the_engine_is_never_idle_while_something_can_run() -> None:
-    """With sequences and room for them, every seat is taken or every token is given."""
+    """With one adapter's sequences and room for them, every seat is taken or every token is given."""
     config = SchedulerConfig(max_model_len=64, max_batched_tokens=32, max_batch_sequences=8)
     engine = FakeEngine(config, num_blocks=256)
     random_ = random.Random(2)
