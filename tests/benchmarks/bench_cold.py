@@ -70,7 +70,7 @@ def main() -> None:
         max_batch_ranks=1 << 20,
         kv_cache_memory=(arguments.sequences + 1) * 2048 * model.kv_bytes_per_token,
         adapter_memory=most * adapter_bytes + (1 << 20),
-        host_memory=most * adapter_bytes,
+        host_memory=max(arguments.loads, arguments.cold) * adapter_bytes,
     )
     gc.collect()
     gc.freeze()  # as an engine process does
@@ -183,10 +183,8 @@ def _cold_figures(
 def beside(rig: Rig, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """64 sequences decode while 100 adapters come in."""
     original = write_adapter(folder / "0", rig.model, arguments.rank)
-    others = []
-    for i in range(arguments.loads):
-        path = original if i == 0 else Path(shutil.copytree(original, folder / str(i)))
-        others.append(AdapterReference(f"other-{i}", "sha256:0", str(path)))
+    paths = [original, *(Path(shutil.copytree(original, folder / str(i))) for i in range(1, arguments.loads))]
+    others = [[AdapterReference(f"{s}-{i}", "sha256:0", str(path)) for i, path in enumerate(paths)] for s in "ab"]
     resident = rig.load_adapters([arguments.rank] * arguments.sequences, prefix="decoding")
     return compare_steps(rig, resident, others, arguments.rounds)
 

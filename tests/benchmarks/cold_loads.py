@@ -25,22 +25,28 @@ class Steps(NamedTuple):
 
 
 def compare_steps(
-    rig: Rig, resident: Sequence[AdapterReference], others: Sequence[AdapterReference], rounds: int
+    rig: Rig, resident: Sequence[AdapterReference], others: Sequence[Sequence[AdapterReference]], rounds: int
 ) -> dict[str, Any]:
     """A sequence for each resident adapter decodes: as long as the others take to come in, then that many steps again.
 
-    Of the first round more may be lost: a system may give its programs memory slowly the first time.
+    `others` are sets that take turns, of which the host tier holds one. In the first round it is empty, and memory is
+    to be had from the system and pinned; in those that follow every adapter takes the place of another.
     """
     decode(rig, resident, (), SETTLE)  # warm up
     rows = []
-    for _ in range(rounds):
-        loading = decode(rig, resident, others, 0)
+    for number in range(1 + rounds):
+        coming = others[number % len(others)]
+        loading = decode(rig, resident, coming, 0)
         quiet = decode(rig, resident, (), loading.count)
-        rows.append(_compared(loading, quiet, len(resident), len(others) * _bytes_of(rig, others[0])))
-        for other in others:
+        rows.append(_compared(loading, quiet, len(resident), len(coming) * _bytes_of(rig, coming[0])))
+        for other in coming:
             rig.parts.adapters.pool.evict(other.key)
-            rig.parts.adapters.host.drop(other.key)
-    return {"loss_percent": round(statistics.median(row["loss_percent"] for row in rows), 2), "rounds": rows}
+    full = rows[1:]
+    return {
+        "loss_percent": round(statistics.median(row["loss_percent"] for row in full), 2),
+        "empty_tier": rows[0],
+        "full_tier": full,
+    }
 
 
 def decode(rig: Rig, resident: Sequence[AdapterReference], others: Sequence[AdapterReference], fewest: int) -> Steps:
@@ -54,6 +60,7 @@ def decode(rig: Rig, resident: Sequence[AdapterReference], others: Sequence[Adap
     rig.moves.clear()
     for other in others:
         engine.handle(Prefetch(other))
+        host.want(other.key)  # as if a sequence waited for it
     seconds, loaded, late = [], 0, LATE
     began = last = time.perf_counter()
     while len(seconds) < fewest or loaded < len(others) or (others and late):
@@ -65,6 +72,7 @@ def decode(rig: Rig, resident: Sequence[AdapterReference], others: Sequence[Adap
                 adapter = host.get(move.adapter.key)
                 assert adapter is not None
                 assert pool.load(adapter) is not None, "there is room"
+                host.unwant(move.adapter.key)
                 loaded += 1
         rig.moves.clear()
         now = time.perf_counter()

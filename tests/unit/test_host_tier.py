@@ -13,9 +13,9 @@ import torch
 
 from adapter_folders import TARGETS, config, linear, make_adapter, weights, write
 from loramux_schemas import ErrorCode
-from loramux_worker.adapters import host as host_module
 from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.host import HostTier, LoadResult
+from loramux_worker.adapters.host_memory import HostMemory
 from loramux_worker.adapters.peft_format import read_adapter
 from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.engine.protocol import AdapterReference
@@ -233,7 +233,7 @@ def test_no_memory_is_an_error_of_that_load(tmp_path: Path, loader: Loader, monk
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_module, "allocate", no_memory)
+        patch.setattr(HostMemory, "allocate", no_memory)
         [result] = loader.load(adapter(tmp_path, "a"))
     assert result.error is not None
     assert result.error.code is ErrorCode.INTERNAL

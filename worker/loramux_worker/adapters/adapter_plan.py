@@ -65,6 +65,11 @@ class AdapterPlan:
     copies: Mapping[str, TensorEntry]
     corrected: tuple[CorrectedModule, ...] = ()
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What any piece needs: of one size, they can have one another's memory."""
+        return max((piece.scratch_bytes for piece in self.pieces), default=0) or 1
+
 
 class AdapterPlans:
     """Plans for one model's adapters. Thread-safe."""

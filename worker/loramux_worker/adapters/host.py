@@ -2,9 +2,9 @@
 
 Adapters are loaded by a few threads, which others help while there is little to load. An adapter's size is known once
 its config and header are read, and room is made before its weights are: the tier never holds more than its capacity,
-adapters being read included. What is wanted by a sequence is loaded before what is only prefetched, in fair order, and
-is never evicted. A load that finds no room waits outside the threads, and no wanted load overtakes another that waits
-for room, so a large adapter gets its turn.
+adapters being read included; one of the size of what is evicted for it has its memory too. What is wanted by a
+sequence is loaded before what is only prefetched, in fair order, and is never evicted. A load that finds no room waits
+outside the threads, and no wanted load overtakes another that waits for room, so a large adapter gets its turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.adapter_plan import AdapterLimits, AdapterPlans
 from loramux_worker.adapters.eviction import S3Fifo
-from loramux_worker.adapters.host_memory import allocate
+from loramux_worker.adapters.host_memory import HostMemory
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.peft_format import AdapterFiles
@@ -100,12 +100,12 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self._plans = AdapterPlans(targets, limits)
         self._dtype = limits.dtype
-        self._pin = pin
+        self._memory, self._scratch = HostMemory(pin=pin), HostMemory()
         self._wake = wake
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_loads, thread_name_prefix="adapter-load", initializer=_use_one_core)
         self._helpers = ThreadPoolExecutor(
-            -(-max_loads // 2), thread_name_prefix="adapter-read", initializer=_use_one_core
+            max(1, max_loads // 2), thread_name_prefix="adapter-read", initializer=_use_one_core
         )
         self._adapters: dict[AdapterKey, HostAdapter] = {}
         self._policy: S3Fifo[AdapterKey] = S3Fifo(capacity_bytes)
@@ -227,6 +227,9 @@ class HostTier:
                 self.bytes_used -= load.num_bytes
             self._finished.append(LoadResult(key, error, time.monotonic() - load.asked_at))
             self._admit_parked()  # this one may be evictable, or have left its room
+            if not self._queued and not self._running:
+                self._memory.trim()
+                self._scratch.trim()
         self._wake()
 
     def _read(self, load: _Load) -> HostAdapter | None:
@@ -242,15 +245,16 @@ class HostTier:
                         self._parked[load.reference.key] = self._running.pop(load.reference.key)
                         return None
                 assert load.num_bytes == num_bytes, "the files of a revision never change"
-            run = allocate(
+            run = self._memory.allocate(
                 files.layout.num_elements,
                 self._dtype,
-                pin=self._pin,
-                fill=lambda memory: files.read_into(memory, self._helpers),
+                fill=lambda memory: files.read_into(memory, self._helpers, self._scratch),
             )
             return HostAdapter(load.reference.key, files.layout, run)
 
     def _queue(self, load: _Load) -> None:
+        self._memory.keep()  # of what is evicted for it
+        self._scratch.keep()
         self._queued[load.reference.key] = load
         self._threads.submit(self._run_next)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from loramux_worker.adapters.adapter_config import AdapterConfig, read_config_text
 from loramux_worker.adapters.adapter_plan import AdapterLimits, AdapterPlans
 from loramux_worker.adapters.base_weights import PIECE_ELEMENTS
-from loramux_worker.adapters.host_memory import allocate
+from loramux_worker.adapters.host_memory import HostMemory, allocate
 from loramux_worker.adapters.invalid import AdapterInvalid, quoted
 from loramux_worker.adapters.layout import AdapterLayout, OwnTensor
 from loramux_worker.adapters.placement import Piece
@@ -103,17 +103,21 @@ class AdapterFiles:
         """What B is multiplied with, by module that the adapter touches, in target order."""
         return tuple(source.scaling for source in self._plan.sources)
 
-    def read_into(self, run: Tensor, helpers: Executor | None = None) -> None:
+    def read_into(self, run: Tensor, helpers: Executor | None = None, scratch: HostMemory | None = None) -> None:
         """Read the weights into a run of elements of the served dtype, as `layout` says; B is scaled, then cast.
 
         Behind them comes the correction, where an adapter is merged into the base weights. `helpers`: threads that may
-        take part if they are free.
+        take part if they are free. `scratch`: where to take memory from that is needed in between.
         """
-        plan = self._plan
+        plan, memory = self._plan, scratch or HostMemory()
         self._check_copies()
         for entry, tensor in zip(plan.own, plan.layout.own, strict=True):
             self._read_whole(entry, tensor.view(run).view(-1))
-        share(plan.pieces, lambda piece: self._read_piece(piece, run), helpers, _HELPERS)
+
+        def read(piece: Piece) -> None:
+            piece.read(self._file, memory.allocate(plan.scratch_bytes, torch.uint8), run)
+
+        share(plan.pieces, read, helpers, _HELPERS)
         if (correction := self._limits.correction) is not None:
             share(plan.corrected, lambda module: correction.fill(run, module), helpers, _HELPERS)
         not_finite: list[Tensor] = []
@@ -125,9 +129,6 @@ class AdapterFiles:
         share(run.split(_CHECKED_ELEMENTS), look, helpers, _HELPERS)
         if not_finite:
             self._name_what_is_not_finite(run)
-
-    def _read_piece(self, piece: Piece, run: Tensor) -> None:
-        piece.read(self._file, allocate(max(piece.scratch_bytes, 1), torch.uint8, pin=False), run)
 
     def _read_whole(self, entry: TensorEntry, place: Tensor) -> None:
         """A tensor that may be as large as a head, some of it at a time."""

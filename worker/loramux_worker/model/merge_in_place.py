@@ -57,7 +57,9 @@ def _read(model: ServedModel, reference: AdapterReference, limits: AdapterLimits
         if layout.own:
             kind = "it is a DoRA" if files.config.use_dora else f"it brings more than LoRA for {layout.own[0].module}"
             raise AdapterInvalid(f"{kind}: merged, it could not be taken off again for the others; serve it unmerged")
-        return layout, allocate(layout.num_elements, limits.dtype, pin=False, fill=files.read_into)
+        run = allocate(layout.num_elements, limits.dtype, pin=False)
+        files.read_into(run)
+        return layout, run
 
 
 def _refuse_ties(model: ServedModel, layout: AdapterLayout) -> None:
