@@ -79,8 +79,8 @@ class LoraRows:
     out for a row in no segment is whatever lay there: it must be padding. Without segments the kernels work row by row.
 
     Where an adapter's rank is large, the work is `divided`: into the parts that segments name, or row by row into
-    `units` int32 [any], `row · 32 + part`, of which `num_units` int32 [1] are in use: first one for each row, then
-    further parts of rows whose rank is large.
+    `units` int32 [rows + PARTS or more], `row · 32 + part`, of which `num_units` int32 [1] are in use and the others
+    -1: first one for each row, then further parts of rows whose rank is large.
     """
 
     slots: Tensor

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from loramux_kernels.backend import pdl
 from loramux_kernels.lora import PARTS, RANK_PAGE, WHOLE, LoraRows, LoraSite, LoraWeights
-from loramux_kernels.lora_shrink_triton import adapter_tile, precision, program_rows, units
+from loramux_kernels.lora_shrink_triton import adapter_tile, first_unit, precision, program_rows, units
 
 _R = tl.constexpr(RANK_PAGE)
 _WHOLE = tl.constexpr(WHOLE)
@@ -106,15 +106,15 @@ def _expand_by_row(
     u = tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-    t = u
     if DIVIDED:
         count = tl.load(num_units)
-        if u >= count:
+        t, slot, part = first_unit(units, slots, u, T)
+        if part < 0:
             return
-        unit = tl.load(units + u)
-        t, part = unit // 32, unit % 32
+    else:
+        t, slot = u, tl.load(slots + u)
     s, first, width, column = _slice(tl.program_id(0), W0, W1, W2, BN)
-    b, rank = adapter_tile(elements, b_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
+    b, rank = adapter_tile(elements, b_offsets, ranks, slot, target + s, NUM_TARGETS)
     r, n = tl.arange(0, _R), first + tl.arange(0, BN)
     early = rank
     if DIVIDED:
@@ -203,7 +203,8 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
     use_pdl = pdl(out.device)
     first, second, third = (*site.widths, 0, 0)[:3]
     many = rows.segments is not None and rows.most_in_segment > 16
-    block = max(16, min(256 if many else 512, triton.next_power_of_2(max(site.widths))))
+    most = 1024 if rows.segments is None else 256 if many else 512
+    block = max(16, min(most, triton.next_power_of_2(max(site.widths))))
     constants = {
         "W0": first,
         "W1": second,
@@ -225,7 +226,7 @@ def expand(partials: Tensor, weights: LoraWeights, rows: LoraRows, site: LoraSit
     if rows.segments is None:
         pieces = triton.next_power_of_2(partials.shape[0])
         _expand_by_row[(blocks, program_rows(rows))](
-            *shared, *units(rows), out, site.target, num_rows, ALL_PIECES=pieces, **constants, num_warps=2
+            *shared, *units(rows), out, site.target, num_rows, ALL_PIECES=pieces, **constants, num_warps=4
         )
         return
     num_segments = rows.segments.shape[1]

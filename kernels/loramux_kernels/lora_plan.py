@@ -92,6 +92,7 @@ def plan_rows(slots: Sequence[int], ranks: Sequence[int], most_in_segment: int, 
         segments = send(np.array(divide(pieces, largest, 16 * len(pieces)), np.int32).T)
     elif divided:
         units = lora_units(adapters, largest, 16 * len(slots))
+        padded = np.concatenate((units, np.full(PARTS, -1, np.int32)))
         count = np.array([len(units)], np.int32)
-        return LoraRows(send(adapters), divided=True, units=send(units), num_units=send(count))
+        return LoraRows(send(adapters), divided=True, units=send(padded), num_units=send(count))
     return LoraRows(send(adapters), segments, most_in_segment, divided)

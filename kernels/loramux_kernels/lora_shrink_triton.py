@@ -35,6 +35,17 @@ def adapter_tile(base, offsets, ranks, slot, target, NUM_TARGETS: tl.constexpr):
 
 
 @triton.jit
+def first_unit(units, slots, u, T):
+    """Row, slot and part of a program's first unit; a part below 0 where there is none for it."""
+    unit = tl.load(units + u)
+    t, slot = u, tl.load(slots + u, mask=u < T, other=0)  # a row's is at its place: no load waits for another
+    if u >= T:
+        t = tl.maximum(unit, 0) // 32
+        slot = tl.load(slots + t)
+    return t, slot, tl.where(unit < 0, -1, unit % 32)
+
+
+@triton.jit
 def _pages(part):
     """The first page of ranks of a part, and from each of its pages to the next, in ranks."""
     whole = part == _WHOLE
@@ -61,15 +72,16 @@ def _shrink_by_row(
     DIVIDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     piece, s, u = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t, page, step = u, 0, _R
+    page, step = 0, _R
     if DIVIDED:
         count = tl.load(num_units)
-        if u >= count:  # unused: others wait, and the next kernel for them
+        t, slot, part = first_unit(units, slots, u, T)
+        if part < 0:  # unused: others wait, and the next kernel for them
             return
-        unit = tl.load(units + u)
-        t = unit // 32
-        page, step = _pages(unit % 32)
-    a, rank = adapter_tile(elements, a_offsets, ranks, tl.load(slots + t), target + s, NUM_TARGETS)
+        page, step = _pages(part)
+    else:
+        t, slot = u, tl.load(slots + u)
+    a, rank = adapter_tile(elements, a_offsets, ranks, slot, target + s, NUM_TARGETS)
     r, k = tl.arange(0, _R), piece * BK + tl.arange(0, BK)
     inside = (r[:, None] < rank - page) & (k[None, :] < K)
     tile = tl.load(a + (page + r[:, None]) * K + k[None, :], mask=inside, other=0.0)
@@ -173,9 +185,11 @@ def units(rows: LoraRows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def program_rows(rows: LoraRows) -> int:
-    """Programs that divide the units among them: one for each row, and enough for the parts of one."""
-    count = rows.slots.shape[0]
-    return max(count, PARTS) if rows.divided else count
+    """Programs that divide the units among them: one for each row, and for each part of one large rank.
+
+    More for the parts of others would be in every launch that has none, where each costs a nanosecond or two.
+    """
+    return rows.slots.shape[0] + (PARTS - 1 if rows.divided else 0)
 
 
 def precision(tensor: Tensor) -> str:

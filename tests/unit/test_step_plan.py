@@ -140,6 +140,7 @@ def test_units_of_a_step_row_by_row(case: Case, spare_rows: int) -> None:
     expected = lora_units(inputs.host["adapters"], RANKS, shape.units)
     assert inputs.host["num_units"].tolist() == [len(expected)]
     assert inputs.host["units"][: len(expected)].tolist() == expected.tolist()
+    assert (inputs.host["units"][len(expected) :] == -1).all()
 
 
 def test_an_empty_step_is_padding_alone() -> None:

@@ -113,7 +113,7 @@ def fill(
     if inputs.shape.units:
         units = lora_units(inputs.host["adapters"], ranks, inputs.shape.units)
         inputs.host["num_units"][0] = len(units)
-        _put(inputs, "units", units, 0)
+        _put(inputs, "units", units, -1)
     if inputs.shape.segments:
         padded = [*segments, *[Segment(0, 0, NO_ADAPTER)] * (inputs.shape.segments - len(segments))]
         inputs.host["segments"][:] = np.array(padded, np.int32).T.reshape(-1)
