@@ -6,6 +6,7 @@ long. So one serves every mix; a smaller step is padded, its spare rows written 
 
 from __future__ import annotations
 
+import gc
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -67,6 +68,14 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Capture all, the largest first, so that the smaller fit into its memory."""
+        gc.collect()
+        gc.disable()  # a graph of an engine before that is collected during a capture breaks it
+        try:
+            self._capture_all()
+        finally:
+            gc.enable()
+
+    def _capture_all(self) -> None:
         torch.cuda.empty_cache()  # what was freed before is not to be counted
         started, (free, _) = time.monotonic(), torch.cuda.mem_get_info()
         pool = torch.cuda.graph_pool_handle()
