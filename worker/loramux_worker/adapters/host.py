@@ -203,15 +203,18 @@ class HostTier:
     def _run_next(self) -> None:
         with self._lock:
             load = min(self._queued.values(), key=self._precedence, default=None)
-            if load is None:  # cancelled
-                return
-            key = load.reference.key
-            self._running[key] = self._queued.pop(key)
+            if load is not None:
+                key = load.reference.key
+                self._running[key] = self._queued.pop(key)
+        if load is None:  # cancelled
+            self._trim_if_idle()
+            return
         adapter: HostAdapter | None = None
         error: RequestFailed | None = None
         try:
             adapter = self._read(load)
             if adapter is None:
+                self._trim_if_idle()
                 return
         except RequestFailed as failure:
             error = failure
@@ -227,9 +230,7 @@ class HostTier:
                 self.bytes_used -= load.num_bytes
             self._finished.append(LoadResult(key, error, time.monotonic() - load.asked_at))
             self._admit_parked()  # this one may be evictable, or have left its room
-            if not self._queued and not self._running:
-                self._memory.trim()
-                self._scratch.trim()
+        self._trim_if_idle()
         self._wake()
 
     def _read(self, load: _Load) -> HostAdapter | None:
@@ -251,6 +252,13 @@ class HostTier:
                 fill=lambda memory: files.read_into(memory, self._helpers, self._scratch),
             )
             return HostAdapter(load.reference.key, files.layout, run)
+
+    def _trim_if_idle(self) -> None:
+        with self._lock:
+            idle = not self._queued and not self._running
+        if idle:  # with the lock held, the engine would wait until it is unmapped
+            self._memory.trim()
+            self._scratch.trim()
 
     def _queue(self, load: _Load) -> None:
         self._memory.keep()  # of what is evicted for it
