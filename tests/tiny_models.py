@@ -121,6 +121,11 @@ class Reference:
             out = self._model.generate(input_ids=ids, **kwargs)
         return out[0, len(prompt) :].tolist()
 
+    @torch.inference_mode()
+    def logprobs(self, prompt: list[int]) -> torch.Tensor:
+        """Log-probabilities of every token after the prompt, with the first adapter if there is one: [vocabulary]."""
+        return self._model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+
 
 def make_model(folder: Path, architecture: str, *, num_adapters: int = 4, seed: int = 0) -> TinyModel:
     """Save a random model of an architecture with its tokenizer and adapters of different ranks and targets."""

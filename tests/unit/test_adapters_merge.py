@@ -242,6 +242,7 @@ def _save_with_much_more(source: Path, destination: Path, num_bytes: int) -> Non
     ("architecture", "settings"),
     [
         ("llama", {"targets": ["q_proj", "down_proj"], "use_dora": True}),
+        ("llama", {"targets": ["embed_tokens", "v_proj"], "use_dora": True}),
         ("llama", {"targets": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}),
         ("phi3", {"targets": ["qkv_proj", "lm_head"], "use_dora": True}),
         ("qwen2", {"targets": ["q_proj"], "use_dora": True, "bias": "all"}),

@@ -45,6 +45,7 @@ MERGED = {"llama": (1, 2, 3), "qwen2": (1,), "gemma2": (3,), "gpt2": (1,)}
 MORE: dict[str, dict[str, Any]] = {  # where other weights than A and B meet the merged modules
     "dora": {"targets": _ALL, "use_dora": True},
     "dora-bias": {"targets": ["q_proj", "k_proj"], "use_dora": True, "bias": "all"},
+    "dora-embedding": {"targets": ["embed_tokens", "o_proj"], "use_dora": True},
     "own-head": {"targets": ["v_proj"], "modules_to_save": ["lm_head"]},
     "own-layers": {"targets": ["q_proj"], "modules_to_save": ["mlp", "model.norm"]},
     "tokens": {"targets": ["q_proj"], "trainable_token_indices": [10, 5, 66]},

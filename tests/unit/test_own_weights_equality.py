@@ -12,7 +12,7 @@ import torch
 from loramux_worker.adapters.layout import TRAINED_TOKENS, OwnTensor
 from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.engine.protocol import AdapterReference, SamplingParameters, Submit
-from tiny_models import TinyModel, make_model, save_adapter, save_trained_adapter
+from tiny_models import VOCAB_SIZE, TinyModel, make_model, save_adapter, save_trained_adapter
 from unit.engine_support import Recorder
 
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,11 +22,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "bias-lora-only": {"targets": ["q_proj", "v_proj"], "bias": "lora_only"},
     "bias-all": {"targets": ["q_proj", "o_proj"], "bias": "all"},
     "dora-bias": {"targets": ["q_proj", "k_proj"], "use_dora": True, "bias": "all"},
+    "dora-embedding": {"targets": ["embed_tokens"], "use_dora": True},
+    "dora-ends": {"targets": ["embed_tokens", "v_proj", "lm_head"], "use_dora": True},
     "own-norms": {"targets": ["q_proj"], "modules_to_save": ["model.norm", "layernorm"]},
     "own-ends": {"targets": ["v_proj"], "modules_to_save": ["lm_head"]},
     "own-tables": {"targets": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     "tokens": {"targets": ["q_proj"], "trainable_token_indices": [10, 5, 66]},
     "whole-layers": {"targets": ["q_proj"], "modules_to_save": ["mlp"]},
+}
+CHOICES: dict[str, dict[str, Any]] = {  # plain LoRA, chosen in PEFT's other ways
+    "regex": {"targets": r".*layers\.1\..*(q|gate)_proj"},
+    "all-linear": {"targets": "all-linear", "use_rslora": True},
+    "patterns": {"targets": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 7}, "alpha_pattern": {"0.*q_proj": 3}},
+    "some-layers": {"targets": ["v_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "excluded": {"targets": _ALL, "exclude_modules": ["o_proj", "layers.0.mlp.up_proj"]},
 }
 _CONV1D = ["c_attn", "c_proj", "c_fc"]
 GPT2_KINDS: dict[str, dict[str, Any]] = {
@@ -34,6 +43,7 @@ GPT2_KINDS: dict[str, dict[str, Any]] = {
     "patterns": {"targets": _CONV1D, "rank_pattern": {"attn.c_proj": 7}, "alpha_pattern": {"c_fc": 3}},
     "dora": {"targets": _CONV1D, "use_dora": True},
     "dora-bias": {"targets": ["c_attn", "lm_head"], "use_dora": True, "bias": "lora_only"},
+    "dora-embedding": {"targets": ["wte", "c_fc"], "use_dora": True},
     "tokens": {"targets": ["c_proj"], "trainable_token_indices": [10, 5, 66]},
     "whole-layers": {"targets": ["c_attn"], "modules_to_save": ["mlp", "attn.c_proj", "ln_f"]},
 }
@@ -43,7 +53,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3", "gpt2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     made = make_model(tmp_path_factory.mktemp("model"), request.param, num_adapters=2)
-    kinds = GPT2_KINDS if request.param == "gpt2" else KINDS
+    kinds = {"gpt2": GPT2_KINDS, "llama": {**KINDS, **CHOICES}}.get(request.param, KINDS)
     for number, (kind, settings) in enumerate(kinds.items()):
         save_trained_adapter(made.path, made.adapters / kind, seed=number, **settings)
     return replace(made, adapter_ids=(*made.adapter_ids, *kinds))
@@ -74,6 +84,25 @@ def test_tokens_equal_peft(model: TinyModel, device: str) -> None:
         assert recorder.tokens[s.sequence_id] == expected, f"sequence {s.sequence_id} with {adapter_id}"
         answers.add(tuple(expected))
     assert len(answers) > len(adapters), "adapters change the answer"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])  # the second ties the head, the third scales
+def test_logits_of_a_dora_on_the_embedding_are_pefts(architecture: str, device: str, tmp_path: Path) -> None:
+    made = make_model(tmp_path, architecture, num_adapters=1)
+    save_trained_adapter(made.path, made.adapters / "dora", ["embed_tokens"], use_dora=True)
+    adapters = [None, made.adapter_ids[0], "dora", None, "dora"]
+    prompts = [[3 + (11 * i * (number + 1)) % 250 for i in range(9 + number)] for number in range(len(adapters))]
+    recorder = Recorder(made, device)
+    sampling = SamplingParameters(1, logprobs=VOCAB_SIZE)
+    references = [a and AdapterReference(a, "r", str(made.adapters / a)) for a in adapters]
+    recorder.run([Submit(number, prompts[number], sampling, each) for number, each in enumerate(references)])
+    for number, (adapter_id, prompt) in enumerate(zip(adapters, prompts, strict=True)):
+        reference = replace(made, adapter_ids=() if adapter_id is None else (adapter_id,)).reference()
+        [said] = recorder.logprobs[number]
+        assert said is not None
+        ours = torch.tensor([logprob for _, logprob in sorted(said.top)])
+        torch.testing.assert_close(ours, reference.logprobs(prompt), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_dora_lacks_is_named(model: TinyModel, tmp_path: Path) -> None:

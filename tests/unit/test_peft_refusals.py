@@ -114,9 +114,16 @@ def test_bad_config(tmp_path: Path, fields: dict[str, Any], reason: str) -> None
     assert re.search(reason, refusal(tmp_path))
 
 
-def test_dora_on_the_embedding(tmp_path: Path) -> None:
-    write(tmp_path, config(4, ["embed_tokens"], use_dora=True), weights(TARGETS, 4, ["embed_tokens"], seed=0))
-    assert refusal(tmp_path) == "DoRA on the embedding 'model.embed_tokens' is not served"
+def test_magnitudes_of_the_embedding(tmp_path: Path) -> None:
+    tensors, key = weights(TARGETS, 4, ["embed_tokens"], seed=0), "model.embed_tokens.lora_magnitude_vector"
+    write(tmp_path, config(4, ["embed_tokens"], use_dora=True), tensors)
+    assert refusal(tmp_path) == "lora_magnitude_vector of 'model.embed_tokens' is missing"
+    write(tmp_path, config(4, ["embed_tokens"], use_dora=True), {**tensors, PREFIX + key: torch.ones(20)})
+    assert "has shape [20], config and model say [12]" in refusal(tmp_path)
+    write(tmp_path, config(4, ["embed_tokens"]), {**tensors, PREFIX + key: torch.ones(12)})
+    assert "is left over: the config does not ask for it" in refusal(tmp_path)
+    write(tmp_path, config(4, ["embed_tokens"], use_dora=True), {**tensors, PREFIX + key: torch.ones(12)})
+    assert read_adapter(tmp_path, TARGETS, LIMITS).rank == 4
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha", "target_modules"])

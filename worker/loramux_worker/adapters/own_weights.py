@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loramux_worker.adapters.layout import MAGNITUDE, TRAINED_TOKENS, OwnTensor
 
-_ROWS_AT_ONCE = 1024
+_ELEMENTS_AT_ONCE = 1 << 24
 _NOTHING: Mapping[str, Tensor] = {}
 
 
@@ -65,7 +65,7 @@ class OwnWeights:
         """What DoRA multiplies the outputs of a module with, bias aside: [out_features]; None where there is no DoRA.
 
         Args:
-            weight: the model's [out_features, in_features].
+            weight: the model's [out_features, in_features]; of an embedding that is [dim, tokens].
             a: [rank, in_features]; b: [rank, out_features], scaled.
         """
         magnitude = self._magnitudes.get(module)
@@ -78,8 +78,9 @@ class OwnWeights:
 
 def dora_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Norms of the rows of W + Bᵀ·A, [out_features] in W's dtype (Liu et al., "DoRA", ICML 2024, section 4.1)."""
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
     norms = [
         torch.linalg.norm(rows.float() + part.float().t() @ a.float(), dim=1)
-        for rows, part in zip(weight.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE, dim=1), strict=True)
+        for rows, part in zip(weight.split(rows_at_once), b.split(rows_at_once, dim=1), strict=True)
     ]
     return torch.cat(norms).to(weight.dtype)

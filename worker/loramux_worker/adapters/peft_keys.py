@@ -14,13 +14,13 @@ from loramux_worker.adapters.safetensors_file import TensorEntry
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 
 _PREFIX = "base_model.model."
-_PARTS = {
-    ".lora_A": ("A", TargetKind.LINEAR),
-    ".lora_B": ("B", TargetKind.LINEAR),
-    ".lora_embedding_A": ("A", TargetKind.EMBEDDING),
-    ".lora_embedding_B": ("B", TargetKind.EMBEDDING),
-    f".{MAGNITUDE}": (MAGNITUDE, TargetKind.LINEAR),
-    f".token_adapter.{TRAINED_TOKENS}": (TRAINED_TOKENS, TargetKind.EMBEDDING),
+_PARTS = {  # and the kinds of modules that have them
+    ".lora_A": ("A", {TargetKind.LINEAR}),
+    ".lora_B": ("B", {TargetKind.LINEAR}),
+    ".lora_embedding_A": ("A", {TargetKind.EMBEDDING}),
+    ".lora_embedding_B": ("B", {TargetKind.EMBEDDING}),
+    f".{MAGNITUDE}": (MAGNITUDE, {TargetKind.LINEAR, TargetKind.EMBEDDING}),
+    f".token_adapter.{TRAINED_TOKENS}": (TRAINED_TOKENS, {TargetKind.EMBEDDING}),
 }
 _OPTIONAL = (".weight", ".default")  # what may follow; PEFT's habits have changed
 
@@ -60,14 +60,14 @@ def sort_keys(
     found = Found()
     for key, entry in entries.items():
         name = key.removeprefix(_PREFIX)
-        module, part, kind = _split(name)
-        if part is None or kind is None:
+        module, part, kinds = _split(name)
+        if part is None:
             _sort_parameter(found, name, entry, config, base_weights, parameters)
             continue
         if module not in index:
             raise AdapterInvalid(f"{quoted(key)} is for {quoted(module)}, which this model does not have or adapt")
         target = index[module]
-        if targets[target].kind is not kind:
+        if targets[target].kind not in kinds:
             raise AdapterInvalid(f"{quoted(key)} does not fit {quoted(module)}, of kind {targets[target].kind}")
         parts = found.parts.setdefault(target, {})
         if part in parts:
@@ -76,15 +76,15 @@ def sort_keys(
     return found
 
 
-def _split(name: str) -> tuple[str, str | None, TargetKind | None]:
-    """The module of a LoRA weight, which part of it and of which kind; no part: it is none."""
+def _split(name: str) -> tuple[str, str | None, set[TargetKind]]:
+    """The module of a LoRA weight, which part of it and of what kinds that may be; no part: it is none."""
     stem = name
     for ending in _OPTIONAL:
         stem = stem.removesuffix(ending)
-    for ending, (part, kind) in _PARTS.items():
+    for ending, (part, kinds) in _PARTS.items():
         if stem.endswith(ending):
-            return stem.removesuffix(ending), part, kind
-    return name, None, None
+            return stem.removesuffix(ending), part, kinds
+    return name, None, set()
 
 
 def _sort_parameter(
@@ -206,8 +206,6 @@ def _source(
         raise AdapterInvalid(f"rank {quoted(rank)} of {quoted(target.name)} is above the limit of {max_rank}")
     shapes: dict[str, tuple[int, ...]] = {"A": (rank, target.in_features), "B": (target.out_features, rank)}
     if config.use_dora:
-        if target.kind is TargetKind.EMBEDDING:
-            raise AdapterInvalid(f"DoRA on the embedding {quoted(target.name)} is not served")
         shapes[MAGNITUDE] = (target.out_features,)
     for part, shape in shapes.items():
         if part not in parts:

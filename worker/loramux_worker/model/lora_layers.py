@@ -10,7 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from loramux_worker.adapters.targets import TargetKind, TargetModule
 from loramux_worker.model.context import OwnRun, StepContext, StepLora
-from loramux_worker.model.own_layers import own_vectors, replace_linear_, replace_tied_tokens_, scale_linear_
+from loramux_worker.model.own_layers import (
+    own_vectors,
+    replace_linear_,
+    replace_tied_tokens_,
+    scale_linear_,
+    scale_vectors_,
+)
 
 
 class LoraLinear(nn.Linear):
@@ -117,6 +123,8 @@ class LoraEmbedding(nn.Module):
             for start, end, a, b in batch.lora_embedding:
                 delta = a[:, ids[start:end]].t() @ b
                 rows[start:end] += delta if self.scale is None else delta * self.scale.to(delta.dtype)
+        for run in batch.own:
+            scale_vectors_(rows, self, run)
         return out
 
 

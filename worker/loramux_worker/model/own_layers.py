@@ -1,4 +1,4 @@
-"""Layers of which some rows' adapters bring their own parameters, and DoRA's scaling of a linear layer's outputs.
+"""Layers of which some rows' adapters bring their own parameters, and DoRA's scaling of a layer's outputs.
 
 Such rows run through the Hugging Face modules, run by run: right beside any other adapters, and slower than LoRA.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loramux_worker.model.context import OwnRun, StepContext
 
 if TYPE_CHECKING:
-    from loramux_worker.model.lora_layers import LoraLinear
+    from loramux_worker.model.lora_layers import LoraEmbedding, LoraLinear
 
 
 def replace_linear_(out: Tensor, x: Tensor, layer: LoraLinear, run: OwnRun) -> None:
@@ -42,8 +42,7 @@ def own_vectors(ids: Tensor, weight: Tensor, name: str, run: OwnRun) -> Tensor |
 
 def scale_linear_(out: Tensor, layer: LoraLinear, run: OwnRun) -> None:
     """Scale a run's rows of out [rows, out_features], LoRA included and bias not, where its adapter is a DoRA."""
-    tile = run.tiles[layer.target]
-    if tile is None or (scale := run.own.scale(layer.name, layer.matrix(layer.weight), *tile)) is None:
+    if (scale := _dora_scale(layer.name, layer.target, layer.matrix(layer.weight), run)) is None:
         return
     rows, bias = out[run.start : run.end], run.own.parameters(layer.name).get("bias", layer.bias)
     if bias is not None:
@@ -51,6 +50,17 @@ def scale_linear_(out: Tensor, layer: LoraLinear, run: OwnRun) -> None:
     rows *= scale
     if bias is not None:
         rows += bias
+
+
+def scale_vectors_(out: Tensor, layer: LoraEmbedding, run: OwnRun) -> None:
+    """Scale a run's vectors out [rows, dim], LoRA included, where its adapter is a DoRA."""
+    if (scale := _dora_scale(layer.name, layer.target, layer.weight.t(), run)) is not None:
+        out[run.start : run.end] *= scale
+
+
+def _dora_scale(name: str, target: int, weight: Tensor, run: OwnRun) -> Tensor | None:
+    tile = run.tiles[target]
+    return None if tile is None else run.own.scale(name, weight, *tile)
 
 
 def add_own_parameters(model: nn.Module, context: StepContext) -> None:
