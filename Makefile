@@ -43,6 +43,7 @@ demo: setup ## one prompt to every demo adapter, through a Kafka protocol: no ne
 .PHONY: test
 test: setup ## run the tests, on a real Kafka and a real S3 server
 	@$(PYTHON) tests/services/install.py || [ "$$CI" != true ]
+	@PYTHONPATH=tests $(BIN)/python -m services.kafka_classes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels
 	$(BIN)/python -m pytest -q --ignore=tests/unit --ignore=tests/kernels
 

@@ -2,7 +2,7 @@
 
     python tests/services/install.py [--only kafka|s3|kustomize]
 
-    .services/kafka/libs/*.jar   Apache Kafka, through Maven (Java 17 or newer runs it)
+    .services/kafka/libs/*.jar   Apache Kafka, through Maven (Java 17 or newer runs it); kafka_classes.py adds to it
     .services/bin/versitygw      an S3 server, built by Go
     .services/bin/kustomize      no server: it renders deploy/kubernetes; built by Go
 
@@ -55,6 +55,11 @@ def kafka_libs() -> Path:
     return folder / "libs"
 
 
+def kafka_classes() -> Path:
+    """Where the archive of Kafka's classes lies, if it was made."""
+    return services_folder() / "kafka" / "classes.jsa"
+
+
 def versitygw() -> Path:
     """The S3 server's executable. Raises ServiceMissing."""
     return go_program("versitygw")
@@ -95,6 +100,7 @@ def install_kafka() -> None:
     folder = services_folder() / "kafka"
     libs, stamp = folder / "libs", folder / "pom.xml"
     stamp.unlink(missing_ok=True)
+    kafka_classes().unlink(missing_ok=True)
     shutil.rmtree(libs, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     run(

@@ -19,14 +19,14 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from services.install import kafka_libs
+from services.install import kafka_classes, kafka_libs
 from services.kafka_security import LISTENERS, WireSecurity
 from services.process import ServerFailed, ServerProcess, free_port, tail
 
@@ -71,15 +71,24 @@ class KafkaCluster:
     not installed, ServerFailed (with the broker's log) when it does not start.
 
     `security` adds listeners with TLS and SASL (`servers("SASL_SSL")`); the plain one stays, for the rest.
+    `java` are further options of the Java that runs the brokers.
     """
 
-    def __init__(self, brokers: int = 1, *, port: int | None = None, security: WireSecurity | None = None) -> None:
+    def __init__(
+        self,
+        brokers: int = 1,
+        *,
+        port: int | None = None,
+        security: WireSecurity | None = None,
+        java: Sequence[str] = (),
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="loramux-kafka-"))
         self.ports = [port if port is not None and i == 0 else free_port() for i in range(brokers)]
         self._controller_ports = [free_port() for _ in range(brokers)]
         self._directory_ids = [random_id() for _ in range(brokers)]
         self._brokers: dict[int, ServerProcess] = {}
         self.security = security
+        self._java_options = java
         names = LISTENERS if security is not None else ()
         self._secure_ports = {name: [free_port() for _ in range(brokers)] for name in names}
 
@@ -146,9 +155,9 @@ class KafkaCluster:
         """A new administration client of the cluster, for what has no method here."""
         return admin_client(self.bootstrap_servers)
 
-    def stop_broker(self, i: int) -> None:
-        """Ends broker `i` in good order (SIGTERM)."""
-        self._brokers.pop(i).stop()
+    def stop_broker(self, i: int, seconds: float = 30.0) -> int:
+        """Ends broker `i` in good order (SIGTERM), at once where that takes longer than `seconds`; the exit code."""
+        return self._brokers.pop(i).stop(seconds)
 
     def kill_broker(self, i: int) -> None:
         """Ends broker `i` at once (SIGKILL)."""
@@ -185,11 +194,13 @@ class KafkaCluster:
     def _launch(self, i: int) -> None:
         if i in self._brokers:
             raise ServerFailed(f"broker {i} runs already")
-        self._brokers[i] = self._java(i, "kafka.Kafka", [self._properties_path(i)])
+        self._brokers[i] = self._java(i, "kafka.Kafka", [self._properties_path(i)], self._java_options)
 
-    def _java(self, i: int, main_class: str, arguments: list[str | Path]) -> ServerProcess:
-        logging_option = f"-Dlog4j2.configurationFile={self.folder / 'log4j2.properties'}"
-        command = ["java", *JVM, logging_option, "-cp", f"{kafka_libs()}/*", main_class, *arguments]
+    def _java(self, i: int, main_class: str, arguments: list[str | Path], options: Sequence[str] = ()) -> ServerProcess:
+        options = [*JVM, f"-Dlog4j2.configurationFile={self.folder / 'log4j2.properties'}", *options]
+        if (classes := kafka_classes()).is_file():
+            options.append(f"-XX:SharedArchiveFile={classes}")
+        command = ["java", *options, "-cp", f"{kafka_libs()}/*", main_class, *arguments]
         return ServerProcess(command, log_path=self.log_paths[i])
 
     def _wait_ready(self, i: int) -> None:
