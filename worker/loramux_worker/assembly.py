@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -169,14 +171,24 @@ def engine_configs(settings: WorkerSettings, merged: AdapterReference | None) ->
 
 
 def _devices(settings: WorkerSettings) -> list[str]:
-    if settings.device not in ("auto", "cuda"):
+    if settings.device not in ("auto", "cuda") or not _has_driver():
         return [settings.device] * (settings.engines or 1)
-    import torch  # takes seconds: not before what can be told at once
+    import torch  # takes seconds, in which no engine has begun to start: not where the answer is known
 
     if not torch.cuda.is_available():
         return [settings.device] * (settings.engines or 1)
     gpus = torch.cuda.device_count()
     return [f"cuda:{i % gpus}" for i in range(settings.engines or gpus)]
+
+
+def _has_driver() -> bool:
+    """Whether a GPU's driver is there, without which torch finds no GPU."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):  # torch knows; AMD's
+        return True
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return False
 
 
 def _tracing(settings: WorkerSettings, name: str) -> Tracing | None:
