@@ -12,13 +12,12 @@ import signal
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 import zmq
-from transformers.utils import logging as transformers_logging
 
-from loramux_worker.engine.build import EngineParts, build_engine
 from loramux_worker.engine.config import EngineConfig
 from loramux_worker.engine.protocol import (
     EngineMessage,
@@ -30,6 +29,9 @@ from loramux_worker.engine.protocol import (
 )
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.logs import configure_logs
+
+if TYPE_CHECKING:
+    from loramux_worker.engine.build import EngineParts
 
 log = structlog.get_logger(__name__)
 
@@ -92,11 +94,9 @@ def main() -> None:
     threading.Thread(target=_exit_with_front, daemon=True).start()
     configure_logs(config.log_format, config.log_level)
     log.info("engine_starting", device=config.device, pid=os.getpid())
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     front = FrontConnection(sys.argv[1])
     try:
-        parts = build_engine(config, front.send)
+        parts = _build(config, front)
         gc.collect()
         gc.freeze()  # the model's objects stay: no later collection needs to look at them
         log.info("engine_ready", **msgspec.structs.asdict(parts.ready))
@@ -105,6 +105,18 @@ def main() -> None:
         front.send(Refused(str(error)))
     finally:
         front.close()
+
+
+def _build(config: EngineConfig, front: FrontConnection) -> EngineParts:
+    gc.disable()  # what is imported stays, and looking through it again and again takes a fifth of the seconds
+    from transformers.utils import logging as transformers_logging
+
+    from loramux_worker.engine.build import build_engine
+
+    gc.enable()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    return build_engine(config, front.send)
 
 
 def _exit_with_front() -> None:
