@@ -1,11 +1,13 @@
 """What an adapter that is not on the device costs: the request that waits for it, and those that do not.
 
-    python tests/benchmarks/bench_cold.py [--only alone,beside] [--shape 8b|1b|tiny] [--device cuda|cpu]
+    python tests/benchmarks/bench_cold.py [--only alone,beside,begin] [--shape 8b|1b|tiny] [--device cuda|cpu]
 
 alone: one request for an adapter in object storage (a real S3 server on loopback), through the worker's own store,
 disk tier, host tier and pool, beside the same request for a resident adapter; and what the download alone takes.
 beside: 64 sequences with 64 resident adapters decode while 100 others come from local files into host tier and pool,
-beside the same steps without. Random weights of the true shape, bf16 on a GPU, adapters of `--rank` on all linears.
+beside the same steps without.
+begin: beside 64 sequences that decode others begin, several in one step, with adapters in the host tier or in the pool.
+Random weights of the true shape, bf16 on a GPU, adapters of `--rank` on all linears.
 
 The last line of the output is a JSON object; times are in milliseconds unless a name says otherwise.
 """
@@ -22,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import obstore
 import torch
 import uvloop
+from cold_begins import MOST_BEGIN, compare_begins
 from cold_loads import compare_steps
 from gpu_rig import Rig, adapter_layout, random_model, write_adapter
 from machine import describe_machine
@@ -61,14 +65,15 @@ def main() -> None:
     )
     adapter_bytes = adapter_layout(model, arguments.rank).num_elements * model.dtype.itemsize
     most = max(arguments.sequences + arguments.loads, arguments.cold + 1) + 1
+    sequences = arguments.sequences + (MOST_BEGIN if "begin" in arguments.only else 0)
     rig = Rig.make(
         model,
         device=arguments.device,
         max_model_len=2048,
-        max_batch_sequences=arguments.sequences,
+        max_batch_sequences=sequences,
         max_batched_tokens=4096,
         max_batch_ranks=1 << 20,
-        kv_cache_memory=(arguments.sequences + 1) * 2048 * model.kv_bytes_per_token,
+        kv_cache_memory=(sequences + 1) * 2048 * model.kv_bytes_per_token,
         adapter_memory=most * adapter_bytes + (1 << 20),
         host_memory=max(arguments.loads, arguments.cold) * adapter_bytes,
     )
@@ -182,18 +187,35 @@ def _cold_figures(
 
 def beside(rig: Rig, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """64 sequences decode while 100 adapters come in."""
-    original = write_adapter(folder / "0", rig.model, arguments.rank)
-    paths = [original, *(Path(shutil.copytree(original, folder / str(i))) for i in range(1, arguments.loads))]
-    others = [[AdapterReference(f"{s}-{i}", "sha256:0", str(path)) for i, path in enumerate(paths)] for s in "ab"]
+    paths = write_adapters(rig, folder, arguments.loads, arguments.rank)
+    others = [references(paths, name) for name in "ab"]
     resident = rig.load_adapters([arguments.rank] * arguments.sequences, prefix="decoding")
     return compare_steps(rig, resident, others, arguments.rounds)
+
+
+def begin(rig: Rig, folder: Path, arguments: argparse.Namespace) -> list[Any]:
+    """64 sequences decode while up to 32 more begin at once."""
+    others = references(write_adapters(rig, folder, min(MOST_BEGIN, arguments.loads), arguments.rank), "begins")
+    resident = rig.load_adapters([arguments.rank] * arguments.sequences, prefix="decoding")
+    return compare_begins(rig, resident, others)
+
+
+def write_adapters(rig: Rig, folder: Path, count: int, rank: int) -> list[Path]:
+    """As many folders with the same weights."""
+    original = write_adapter(folder / "0", rig.model, rank)
+    return [original, *(Path(shutil.copytree(original, folder / str(i))) for i in range(1, count))]
+
+
+def references(paths: Sequence[Path], name: str) -> list[AdapterReference]:
+    """Adapters of that name, numbered, one a folder."""
+    return [AdapterReference(f"{name}-{i}", "sha256:0", str(path)) for i, path in enumerate(paths)]
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-PARTS = {"alone": alone, "beside": beside}
+PARTS = {"alone": alone, "begin": begin, "beside": beside}
 
 
 def _arguments() -> argparse.Namespace:
