@@ -39,13 +39,14 @@ $(STAMP): pyproject.toml $(LOCK)
 demo: setup ## one prompt to every demo adapter, through a Kafka protocol: no network, no GPU
 	@$(BIN)/loramux demo
 
-# On a laptop the tests of a service that is missing are skipped, with the reason; in CI they fail.
+# On a laptop the tests of a service that is missing are skipped, with the reason; in CI they fail. Each of the two
+# processes has servers of its own. Files are not taken by their number of tests: the longest have few.
 .PHONY: test
 test: setup ## run the tests, on a real Kafka and a real S3 server
 	@$(PYTHON) tests/services/install.py || [ "$$CI" != true ]
 	@PYTHONPATH=tests $(BIN)/python -m services.kafka_classes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels
-	$(BIN)/python -m pytest -q --ignore=tests/unit --ignore=tests/kernels
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/unit --ignore=tests/kernels
 
 .PHONY: lint
 lint: setup ## ruff, ruff format, mypy and the import contracts
