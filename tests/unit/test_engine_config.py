@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_worker.engine.config import EngineConfig, confine
+from loramux_worker.engine.config import EngineConfig, confine, step_threads
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,12 @@ def test_a_process_sees_its_own_gpu_alone(
     assert config == EngineConfig(model="m", device=expected_device)
     assert environment["PATH"] == "/bin"
     assert environment.get("CUDA_VISIBLE_DEVICES") == expected_visible
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "expected"),
+    [(["cpu"], 2, 1), (["cpu"], 1, 1), (["auto"], 8, 7), (["cpu"] * 3, 8, 2), (["cuda:0", "cuda:1"], 8, None)],
+)
+def test_engines_on_a_cpu_leave_a_core_to_the_front(devices: list[str], cores: int, expected: int | None) -> None:
+    assert step_threads(devices, cores, {}) == expected
+    assert step_threads(devices, cores, {"OMP_NUM_THREADS": "4"}) is None, "somebody has said how many"

@@ -19,7 +19,7 @@ from loramux_worker.answer import Answerer
 from loramux_worker.authorization import Authorization
 from loramux_worker.cancellations import Cancellations
 from loramux_worker.dedupe import Duplicates
-from loramux_worker.engine.config import EngineConfig
+from loramux_worker.engine.config import EngineConfig, num_cores, step_threads
 from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import ConfigurationError, RequestFailed
 from loramux_worker.front import Front
@@ -167,7 +167,9 @@ def engine_configs(settings: WorkerSettings, merged: AdapterReference | None) ->
     for name in ("kv_cache_memory", "adapter_memory", "host_memory"):
         shared[name] = None if shared[name] is None else int(shared[name])  # the wire knows no ByteSize
     shared["policies"] = settings.policies
-    return [EngineConfig(**{**shared, "device": device}) for device in _devices(settings)]
+    devices = _devices(settings)
+    shared["threads"] = step_threads(devices, num_cores(), os.environ)
+    return [EngineConfig(**{**shared, "device": device}) for device in devices]
 
 
 def _devices(settings: WorkerSettings) -> list[str]:

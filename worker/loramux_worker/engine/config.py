@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -35,6 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     adapter_memory: int | None = None
     host_memory: int | None = None
     cuda_graphs: bool = True
+    threads: int | None = None  # of a step on a CPU; None: as many as torch takes, OMP_NUM_THREADS or all cores
     log_format: str = "text"
     log_level: str = "info"
 
@@ -55,3 +57,19 @@ def confine(config: EngineConfig, environment: Mapping[str, str]) -> tuple[Engin
     visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     chosen = "".join(visible[int(number) :][:1]) if visible else number
     return msgspec.structs.replace(config, device="cuda"), {**environment, "CUDA_VISIBLE_DEVICES": chosen}
+
+
+def step_threads(devices: Sequence[str], cores: int, environment: Mapping[str, str]) -> int | None:
+    """Threads of each of some engines on a CPU: one core is the front's, and they divide the rest.
+
+    Threads meet at the end of every product. Where one of them has lost its core to somebody else, the others wait for
+    it, and burn theirs. None, what torch takes: on GPUs, and where somebody has said otherwise.
+    """
+    if "OMP_NUM_THREADS" in environment or any(device.startswith("cuda") for device in devices):
+        return None
+    return max(1, (cores - 1) // len(devices))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -109,11 +109,14 @@ def main() -> None:
 
 def _build(config: EngineConfig, front: FrontConnection) -> EngineParts:
     gc.disable()  # what is imported stays, and looking through it again and again takes a fifth of the seconds
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from loramux_worker.engine.build import build_engine
 
     gc.enable()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     return build_engine(config, front.send)
