@@ -1,6 +1,6 @@
-"""The fused decoder: right for each architecture, and nothing is twice in memory.
+"""The decoders of ours: right for each architecture, and nothing is twice in memory.
 
-On a CPU its kernels run in Triton's interpreter, so these models are tiny and these tests few.
+On a CPU the kernels of the fused one run in Triton's interpreter, so these models are tiny and these tests few.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from loramux_worker.model.attention import IMPLEMENTATION
 from loramux_worker.model.fused import FusedDecoder
 from loramux_worker.model.loader import ServedModel, prepare_model
 from loramux_worker.model.self_check import check_model
+from loramux_worker.model.torch_decoder import TorchDecoder
 from tiny_models import TinyModel, make_model
 
 pytest.importorskip("triton")
@@ -52,15 +53,26 @@ def load(path: Path, dtype: torch.dtype = torch.float32, **options: bool) -> Ser
 
 
 def fused_decoder(model: ServedModel) -> FusedDecoder:
-    assert model.fused is not None
+    assert isinstance(model.fused, FusedDecoder)
     return model.fused
 
 
 def test_logits_are_those_of_the_modelling_code(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(self_check._TOLERANCE, torch.float32, 1e-4)
     model = load(tiny.path, fused=True)
-    windows = [layer.rotary.sliding_window for layer in fused_decoder(model)._layers]
+    windows = [layer.rotary.sliding_window for layer in fused_decoder(model)._model.layers]
     assert windows == {"mistral": [5, 5], "qwen2": [None, 5]}.get(model.module.config.model_type, [None, None])
+    check_model(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's form is the fused one")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_logits_of_torchs_own_ops_are_those_of_the_modelling_code(
+    tiny: TinyModel, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(self_check._TOLERANCE, dtype, tolerance)
+    model = load(tiny.path, dtype)
+    assert isinstance(model.fused, TorchDecoder)
     check_model(model)
 
 
@@ -104,7 +116,7 @@ def test_weights_are_packed_in_place(tiny: TinyModel) -> None:
     assert mine.keys() == theirs.keys()
     for name, parameter in mine.items():
         assert torch.equal(parameter, theirs[name]), name
-    for layer, fused in zip(model.module.model.layers, fused_decoder(model)._layers, strict=True):
+    for layer, fused in zip(model.module.model.layers, fused_decoder(model)._model.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         for parent, names, projection in (
             (attention, ("qkv_proj", "q_proj", "k_proj", "v_proj"), fused.qkv),
@@ -136,9 +148,9 @@ def test_other_shapes_are_not_fused(tmp_path: Path, architecture: str) -> None:
     check_model(model)
 
 
-def test_a_cpu_serves_the_modelling_code_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_gpu_serves_kernels_and_a_cpu_torchs_own_ops(tmp_path: Path) -> None:
     model = load(make_model(tmp_path, "llama", num_adapters=0).path)
-    assert (model.fused is None) == (DEVICE.type == "cpu")
+    assert isinstance(model.fused, TorchDecoder if DEVICE.type == "cpu" else FusedDecoder)
 
 
 @pytest.mark.gpu

@@ -230,7 +230,7 @@ def test_packed_projections_are_merged_in_place(llama: TinyModel) -> None:
     module = AutoModelForCausalLM.from_pretrained(llama.path, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
     served = prepare_model(module, torch.device("cpu"), name="tiny", fused=True)
     assert served.fused is not None
-    packed = [served.fused._layers[0].qkv.weight, served.fused._layers[1].gate_up.weight]
+    packed = [served.fused._model.layers[0].qkv.weight, served.fused._model.layers[1].gate_up.weight]
     before = [weight.clone() for weight in packed]
     merge_in_place(served, reference_to(llama, llama.adapter_ids[1]), AdapterLimits(64, torch.float32))
     for weight, old, parent, names in zip(

@@ -22,6 +22,9 @@ class StepLora(Protocol):
     def add_(self, out: Tensor, x: Tensor, target: int) -> None:
         """out [rows, out_features] += the adapters' share of x [rows, in_features] at one target, in place."""
 
+    def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
+        """out [rows, sum of widths] += the adapters' share at sibling targets, in place."""
+
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """The adapters' share at sibling targets, side by side [rows, sum of widths]."""
 

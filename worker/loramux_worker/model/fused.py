@@ -2,21 +2,14 @@
 
     add + norm → q, k, v → rotate, store, attend → o → add + norm → act(gate) ⊙ up → down
 
-Siblings are packed into one weight, of which the modules of the Hugging Face model become views: nothing is twice in
-memory, and its modelling code still runs, to be compared with. Every product has its adapters beside it.
+Every product has its adapters beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loramux_kernels import (
-    Activation,
-    LoraSite,
     RotaryLayer,
     SplitCounters,
     add_rms_norm,
@@ -27,79 +20,42 @@ from loramux_kernels import (
     rotate_and_store,
 )
 from loramux_worker.model.context import StepBatch, StepContext, StepLora
-from loramux_worker.model.lora_layers import LoraLinear
-
-_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
-_ACTIVATIONS = {"silu": Activation.SILU, "swish": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """Sibling projections in one weight [sum of widths, in_features]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    site: LoraSite
-
-    def __call__(self, x: Tensor, lora: StepLora | None) -> Tensor:
-        """x [rows, in_features] → [pieces, rows, out_features]."""
-        delta = None if lora is None else lora.delta(x, self.site)
-        return linear(x, self.weight, self.bias, delta)
-
-
-@dataclass(frozen=True, slots=True)
-class FusedLayer:
-    """One decoder layer."""
-
-    input_norm: Tensor
-    qkv: Projection
-    rotary: RotaryLayer
-    o: Projection
-    post_norm: Tensor
-    gate_up: Projection
-    down: Projection
-
+from loramux_worker.model.packed import PackedModel, Projection
 
 class FusedDecoder:
     """The whole model; the context holds the paged cache."""
 
-    def __init__(self, module: Any, context: StepContext, num_positions: int) -> None:
+    def __init__(self, model: PackedModel, context: StepContext) -> None:
+        self._model = model
         self._context = context
-        self._embedding = module.get_input_embeddings()
-        self._head = module.get_output_embeddings()
-        self._norm: Tensor = module.model.norm.weight
-        self._eps: float = module.config.rms_norm_eps
-        self._activation = _ACTIVATIONS[module.config.hidden_act]
-        cos, sin = _rotary_tables(module, num_positions)
-        self._layers = [_fuse_layer(layer, module.config, cos, sin) for layer in module.model.layers]
-        self._counters = SplitCounters.make(module.config.num_key_value_heads, cos.device)
+        self._counters = SplitCounters.make(model.layers[0].rotary.num_kv_heads, model.norm.device)
 
     def __call__(self, batch: StepBatch, out: Tensor | None = None) -> Tensor:
         """Logits [rows asked for, vocabulary], in `out` where it is given."""
-        lora, partials = batch.lora, None
-        residual: Tensor = self._embedding(batch.input_ids)
-        for index, layer in enumerate(self._layers):
-            residual, x = add_rms_norm(residual, partials, layer.input_norm, self._eps)
-            attended = self._attend(layer.qkv(x, lora), index, layer.rotary, batch)
-            partials = layer.o(attended, lora)
-            residual, x = add_rms_norm(residual, partials, layer.post_norm, self._eps)
-            partials = layer.down(self._gate_up(x, layer.gate_up, lora), lora)
-        _, x = add_rms_norm(residual, partials, self._norm, self._eps)
+        model, lora, partials = self._model, batch.lora, None
+        residual: Tensor = model.embedding(batch.input_ids)
+        for index, layer in enumerate(model.layers):
+            residual, x = add_rms_norm(residual, partials, layer.input_norm, model.eps)
+            attended = self._attend(_project(x, layer.qkv, lora), index, layer.rotary, batch)
+            partials = _project(attended, layer.o, lora)
+            residual, x = add_rms_norm(residual, partials, layer.post_norm, model.eps)
+            partials = _project(self._gate_up(x, layer.gate_up, lora), layer.down, lora)
+        _, x = add_rms_norm(residual, partials, model.norm, model.eps)
         if batch.rows is not None:
             x = x[batch.rows]
         if out is None:  # given a place, the product comes in one piece
-            out = x.new_empty(x.shape[0], self._head.weight.shape[0])
-        linear(x, self._head.weight, self._head.bias, out=out)
+            out = x.new_empty(x.shape[0], model.head.weight.shape[0])
+        linear(x, model.head.weight, model.head.bias, out=out)
         if batch.lora_head is not None:
-            batch.lora_head.add_(out, x, self._head.target)
+            batch.lora_head.add_(out, x, model.head.target)
         return out
 
     def _gate_up(self, x: Tensor, projection: Projection, lora: StepLora | None) -> Tensor:
         """x [rows, hidden] → act(gate) ⊙ up [rows, intermediate]."""
         weight, bias = projection.weight, projection.bias
         if lora is None:
-            return gated_linear(x, weight, self._activation, bias)
-        return lora.gated_linear(x, weight, bias, projection.site, self._activation)
+            return gated_linear(x, weight, self._model.activation, bias)
+        return lora.gated_linear(x, weight, bias, projection.site, self._model.activation)
 
     def _attend(self, qkv: Tensor, index: int, rotary: RotaryLayer, batch: StepBatch) -> Tensor:
         """qkv [pieces, rows, width] → [rows, heads · head_dim]."""
@@ -114,83 +70,7 @@ class FusedDecoder:
         return attended.flatten(1)
 
 
-def fuse(module: Any, context: StepContext, num_positions: int) -> FusedDecoder | None:
-    """The fused form of a model for contexts of at most `num_positions`, or None where its shape is another."""
-    config = module.config
-    if config.model_type not in _ARCHITECTURES or config.hidden_act not in _ACTIVATIONS:
-        return None
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("partial_rotary_factor", 1.0) != 1.0 or _head_dim(config) % 2:
-        return None
-    return FusedDecoder(module, context, num_positions)
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _fuse_layer(layer: Any, config: Any, cos: Tensor, sin: Tensor) -> FusedLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return FusedLayer(
-        input_norm=layer.input_layernorm.weight,
-        qkv=_pack(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
-        rotary=RotaryLayer(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=_head_dim(config),
-            cos=cos,
-            sin=sin,
-            query_gain=None if query_norm is None else query_norm.weight,
-            key_gain=None if key_norm is None else key_norm.weight,
-            eps=0.0 if query_norm is None else query_norm.variance_epsilon,
-            sliding_window=_sliding_window(layer, config),
-            scale=attention.scaling,
-        ),
-        o=_pack(attention, "o_proj"),
-        post_norm=layer.post_attention_layernorm.weight,
-        gate_up=_pack(mlp, "gate_up_proj", "gate_proj", "up_proj"),
-        down=_pack(mlp, "down_proj"),
-    )
-
-
-def _sliding_window(layer: Any, config: Any) -> int | None:
-    """As each architecture's attention passes it on: Qwen by layer, Mistral and Phi-3 for all."""
-    attention = layer.self_attn
-    window = attention.sliding_window if hasattr(attention, "sliding_window") else _config_window(config)
-    return None if window is None else int(window)
-
-
-def _config_window(config: Any) -> int | None:
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
-
-
-def _pack(parent: nn.Module, packed: str, *siblings: str) -> Projection:
-    """The module of that name, or its siblings packed into one weight of which they become views."""
-    names = siblings if siblings and not hasattr(parent, packed) else (packed,)
-    modules = [getattr(parent, name) for name in names]
-    assert all(isinstance(m, LoraLinear) for m in modules), f"{names} are linear layers"
-    first = modules[0]
-    assert [m.target for m in modules] == list(range(first.target, first.target + len(modules))), "targets in order"
-    site = LoraSite(first.target, tuple(m.out_features for m in modules))
-    if len(modules) == 1:
-        return Projection(first.weight.data, None if first.bias is None else first.bias.data, site)
-    weight = torch.cat([m.weight.data for m in modules])
-    for m, view in zip(modules, weight.split(list(site.widths)), strict=True):
-        m.weight.data = view
-    bias = None if first.bias is None else torch.cat([m.bias.data for m in modules])
-    return Projection(weight, bias, site)
-
-
-def _rotary_tables(module: Any, count: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [count, head_dim / 2], from the model's own module.
-
-    It scales by the largest position that it is asked for (longrope), so no further one may be among them.
-    """
-    where = module.get_input_embeddings().weight.device
-    positions = torch.arange(count, device=where)[None]
-    with torch.inference_mode(False), torch.no_grad():
-        tables = module.model.rotary_emb(torch.empty(0, dtype=torch.float32, device=where), positions)
-    cos, sin = (t[0, :, : t.shape[-1] // 2].float().contiguous() for t in tables)
-    return cos, sin
+def _project(x: Tensor, projection: Projection, lora: StepLora | None) -> Tensor:
+    """x [rows, in_features] → [pieces, rows, out_features]."""
+    delta = None if lora is None else lora.delta(x, projection.site)
+    return linear(x, projection.weight, projection.bias, delta)

@@ -15,9 +15,11 @@ from loramux_worker.adapters.targets import TargetModule
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.attention import IMPLEMENTATION, attach
 from loramux_worker.model.context import StepBatch, StepContext
-from loramux_worker.model.fused import FusedDecoder, fuse
+from loramux_worker.model.fused import FusedDecoder
 from loramux_worker.model.lora_layers import add_lora_layers
 from loramux_worker.model.own_layers import add_own_parameters
+from loramux_worker.model.packed import pack
+from loramux_worker.model.torch_decoder import TorchDecoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -29,7 +31,7 @@ class ServedModel:
     module: nn.Module
     context: StepContext
     targets: tuple[TargetModule, ...]
-    fused: FusedDecoder | None  # where there is one, it computes instead of `module`
+    fused: FusedDecoder | TorchDecoder | None  # where there is one, it computes instead of `module`
     embedding_target: int
     head_target: int
     name: str
@@ -65,7 +67,7 @@ class ServedModel:
     @property
     def runs_kernels(self) -> bool:
         """Whether adapters are computed by kernels over the pool, not run by run."""
-        return self.fused is not None or self.device.type == "cuda"
+        return isinstance(self.fused, FusedDecoder) or self.device.type == "cuda"
 
     @property
     def edge_targets(self) -> tuple[int, int]:
@@ -100,7 +102,8 @@ def load_model(path: str, device: str, dtype: str) -> ServedModel:
 def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool | None = None) -> ServedModel:
     """Put our attention's context and LoRA layers into a model that was loaded with our attention.
 
-    `fused`: whether to run our own form of it where there is one; None: on a GPU.
+    `fused`: whether to run our own form of it where there is one, in kernels; None: in kernels on a GPU, and on a CPU in
+    torch's ops.
 
     Raises:
         ConfigurationError: this architecture cannot be served rightly.
@@ -118,13 +121,11 @@ def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool |
         )
     targets = add_lora_layers(module, context)
     add_own_parameters(module, context)
-    if fused is None:
-        fused = device.type == "cuda"
     return ServedModel(
         module=module,
         context=context,
         targets=targets,
-        fused=fuse(module, context, _max_position(text)) if fused else None,
+        fused=None if fused is False else _decoder(module, context, kernels=fused or device.type == "cuda"),
         embedding_target=module.get_input_embeddings().target,
         head_target=module.get_output_embeddings().target,
         name=name,
@@ -136,6 +137,13 @@ def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool |
         device=device,
         dtype=module.dtype,
     )
+
+
+def _decoder(module: Any, context: StepContext, *, kernels: bool) -> FusedDecoder | TorchDecoder | None:
+    packed = pack(module, _max_position(module.config.get_text_config()))
+    if packed is None:
+        return None
+    return FusedDecoder(packed, context) if kernels else TorchDecoder(packed, context)
 
 
 def pick_device(device: str) -> torch.device:

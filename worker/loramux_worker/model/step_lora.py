@@ -47,11 +47,15 @@ class RunsLora:
         """See `StepLora`."""
         lora_add_(out, x, self.tiles(target))
 
+    def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
+        """See `StepLora`."""
+        for i, part in enumerate(torch.split(out, list(site.widths), dim=1)):
+            lora_add_(part, x, self.tiles(site.target + i))
+
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""
         out = x.new_zeros(x.shape[0], sum(site.widths))
-        for i, part in enumerate(torch.split(out, list(site.widths), dim=1)):
-            lora_add_(part, x, self.tiles(site.target + i))
+        self.add_site_(out, x, site)
         return out
 
     def gated_linear(
@@ -70,7 +74,11 @@ class PooledLora:
 
     def add_(self, out: Tensor, x: Tensor, target: int) -> None:
         """See `StepLora`."""
-        lora_delta_add_(out, x, self.weights, self.rows, LoraSite(target, (out.shape[1],)))
+        self.add_site_(out, x, LoraSite(target, (out.shape[1],)))
+
+    def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
+        """See `StepLora`."""
+        lora_delta_add_(out, x, self.weights, self.rows, site)
 
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""
