@@ -43,9 +43,7 @@ class _Group:
     is_batch: bool  # its queries are the rows of the batch, as they are
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float, window: int | None) -> Tensor:
         """query [rows, heads, head_dim] → [sequences · num_queries, heads · head_dim]."""
         (sequences, n), (_, heads, dim), kv_heads = self.positions.shape, query.shape, key_cache.shape[1]
         if not self.is_batch:
@@ -91,7 +89,9 @@ class PaddedAttention:
     def __init__(self, batch: AttentionBatch, caches: CacheRows) -> None:
         starts, contexts = batch.query_starts.numpy().astype(np.int64), batch.context_lens.numpy().astype(np.int64)
         lengths = np.diff(starts)
-        kinds = _doublings(contexts, _SHORT_CONTEXT) + 64 * np.where(lengths > 1, 1 + _doublings(lengths, _FEW_QUERIES), 0)
+        kinds = _doublings(contexts, _SHORT_CONTEXT) + 64 * np.where(
+            lengths > 1, 1 + _doublings(lengths, _FEW_QUERIES), 0
+        )
         self._places = torch.empty(starts[-1], dtype=torch.int64)  # of each row among the groups' rows
         self._groups: list[_Group] = []
         num_places = 0

@@ -34,6 +34,7 @@ from adapter_folders import config
 from loramux_worker.adapters.adapter_plan import AdapterLimits
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.peft_format import read_adapter
+from loramux_worker.adapters.tiles import AdapterTiles
 from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.logs import configure_logs
 from loramux_worker.model.attention import IMPLEMENTATION
@@ -155,7 +156,7 @@ def logits(model: ServedModel, ids: Tensor, adapter: Sequence[tuple[Tensor, Tens
     model.module.set_attn_implementation("eager")  # type: ignore[operator] # no paged cache needed
     rows = []
     for prompt in ids:
-        run = [] if adapter is None else [AdapterRun(0, len(prompt), adapter)]
+        run = [] if adapter is None else [AdapterRun(0, len(prompt), AdapterTiles(adapter))]
         attention: Any = None
         positions = torch.arange(len(prompt))
         model.context.batch = StepBatch(prompt, positions, None, attention, lora=RunsLora(run))

@@ -9,6 +9,7 @@ from torch import Tensor
 from loramux_kernels import Activation, LoraSite, LoraWeights
 from loramux_kernels.linear import gated_linear_reference
 from loramux_kernels.lora_plan import plan_rows
+from loramux_worker.adapters.tiles import AdapterTiles
 from loramux_worker.model.step_lora import AdapterRun, PooledLora, RunsLora
 
 IN, WIDTHS = 16, (24, 8, 8)
@@ -25,9 +26,9 @@ def make_runs() -> list[AdapterRun]:
     middle = (random(7, IN, seed=20), random(7, WIDTHS[1], seed=21))
     elsewhere = (random(3, IN, seed=30), random(3, 5, seed=31))
     return [
-        AdapterRun(0, 2, [None, None, *everywhere]),
-        AdapterRun(4, 7, [None, None, None, middle, None]),
-        AdapterRun(7, 8, [elsewhere, None, None, None, None]),
+        AdapterRun(0, 2, AdapterTiles([None, None, *everywhere])),
+        AdapterRun(4, 7, AdapterTiles([None, None, None, middle, None])),
+        AdapterRun(7, 8, AdapterTiles([elsewhere, None, None, None, None])),
     ]
 
 
@@ -98,7 +99,7 @@ def test_gate_and_up_of_many_rows_have_their_adapters_in_them() -> None:
     weights = LoraWeights(elements, offsets[..., 0].contiguous(), offsets[..., 1].contiguous(), ranks, max_rank=4)
     lora = PooledLora(weights, plan_rows([-1] * 3 + [0] * 67, [4], 64, torch.device("cpu")))
     out = lora.gated_linear(x, weight, None, site, Activation.SILU)
-    runs = RunsLora([AdapterRun(3, rows, tiles)])
+    runs = RunsLora([AdapterRun(3, rows, AdapterTiles(tiles))])
     gate, up = (x @ weight.t() + runs.delta(x, site)).chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
     assert (out - expected).norm() <= 1e-5 * expected.norm()

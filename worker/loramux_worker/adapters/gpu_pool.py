@@ -27,12 +27,10 @@ from loramux_worker.adapters.host import AdapterKey, HostAdapter
 from loramux_worker.adapters.layout import AdapterLayout
 from loramux_worker.adapters.own_weights import OwnWeights
 from loramux_worker.adapters.slot_tables import PlacedModules, SlotTables
+from loramux_worker.adapters.tiles import AdapterTiles, Tile
 from loramux_worker.scheduler.tiers import Demand
 
 _STAGING_ELEMENTS = 1 << 22
-
-Tile = tuple[Tensor, Tensor]
-"""Views of one module's A [rank, in_features] and Bᵀ [rank, out_features] in the pool."""
 
 
 class _Moment(NamedTuple):
@@ -51,7 +49,7 @@ class _Resident:
     placed: PlacedModules
     pins: int = 0
     idle: _Moment | None = None  # since when nothing that is enqueued reads it
-    tiles: list[Tile | None] | None = None  # made when asked for, void after a move
+    tiles: AdapterTiles | None = None  # made when asked for, void after a move
     own: OwnWeights | None = None  # likewise
     scales: dict[str, Tensor] = field(default_factory=dict)
 
@@ -116,16 +114,17 @@ class AdapterPool:
         resident = self._residents.get(key)
         return None if resident is None else resident.layout.rank
 
-    def tiles(self, slot: int) -> list[Tile | None]:
+    def tiles(self, slot: int) -> AdapterTiles:
         """By target index, the tiles of the slot's adapter; valid until the next `load`."""
         resident = self._by_slot[slot]
         assert resident is not None, f"slot {slot} is free"
         if resident.tiles is None:
             layout = resident.layout
             run = self.elements[resident.offset :][: layout.num_elements]
-            resident.tiles = [None] * self.num_targets
+            tiles: list[Tile | None] = [None] * self.num_targets
             for module in layout.modules:
-                resident.tiles[module.target] = (module.a(run), module.b(run))
+                tiles[module.target] = (module.a(run), module.b(run))
+            resident.tiles = AdapterTiles(tiles)
         return resident.tiles
 
     def own(self, slot: int) -> OwnWeights | None:

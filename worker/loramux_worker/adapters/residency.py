@@ -9,10 +9,11 @@ from collections.abc import Callable
 from loramux_kernels.lora_plan import NO_ADAPTER
 from loramux_schemas import ErrorCode
 from loramux_worker.adapters.correction import Correction
-from loramux_worker.adapters.gpu_pool import AdapterPool, Tile
+from loramux_worker.adapters.gpu_pool import AdapterPool
 from loramux_worker.adapters.host import AdapterKey, HostAdapter, HostTier, LoadResult
 from loramux_worker.adapters.invalid import AdapterInvalid
 from loramux_worker.adapters.own_weights import OwnWeights
+from loramux_worker.adapters.tiles import AdapterTiles
 from loramux_worker.engine.protocol import AdapterMoved, AdapterReference
 from loramux_worker.errors import ConfigurationError, RequestFailed
 from loramux_worker.scheduler.tiers import Demand
@@ -137,7 +138,7 @@ class AdapterResidency:
         assert slot is not None, f"{key} is not resident"
         return slot
 
-    def tiles(self, slot: int) -> list[Tile | None]:
+    def tiles(self, slot: int) -> AdapterTiles:
         """By target index, A [rank, in] and scaled Bᵀ [rank, out] of the slot's adapter; valid for one step."""
         return self.pool.tiles(slot)
 

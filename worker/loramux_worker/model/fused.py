@@ -22,6 +22,7 @@ from loramux_kernels import (
 from loramux_worker.model.context import StepBatch, StepContext, StepLora
 from loramux_worker.model.packed import PackedModel, Projection
 
+
 class FusedDecoder:
     """The whole model; the context holds the paged cache."""
 

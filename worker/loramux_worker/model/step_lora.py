@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from loramux_kernels import (
     lora_delta_add_,
     lora_gated_activation,
 )
+from loramux_worker.adapters.tiles import AdapterTiles
 
 
 class AdapterRun(NamedTuple):
@@ -30,7 +30,7 @@ class AdapterRun(NamedTuple):
 
     start: int
     end: int
-    tiles: Sequence[tuple[Tensor, Tensor] | None]
+    tiles: AdapterTiles
 
 
 class RunsLora:
@@ -49,8 +49,17 @@ class RunsLora:
 
     def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
         """See `StepLora`."""
-        for i, part in enumerate(torch.split(out, list(site.widths), dim=1)):
-            lora_add_(part, x, self.tiles(site.target + i))
+        for start, end, adapter in self._runs:
+            if (tiles := adapter.at(site)) is None:
+                continue
+            rows, shrunk = out[start:end], x[start:end].mm(tiles.a.t())
+            if len(site.widths) == 1:
+                rows.addmm_(shrunk, tiles.b[0])
+                continue
+            parts = zip(rows.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1), tiles.b)
+            for part, ranks, b in parts:
+                if b is not None:
+                    part.addmm_(ranks, b)
 
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""

@@ -7,8 +7,6 @@ what ends a block is added to the residual where it is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
