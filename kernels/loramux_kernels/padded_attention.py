@@ -6,6 +6,7 @@ query token are apart from the others. `paged_attention.py` has the formula.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,31 +54,39 @@ class _Group:
             cache.view(-1, dim).index_select(0, self.cached).view(sequences, kv_heads, self.length, dim)
             for cache in (key_cache, value_cache)
         )
-        attend = _attend_much if n * self.length > _MANY_SCORES else _attend
-        return attend(query, keys, values, self._mask(window, query.dtype), scale).reshape(sequences * n, -1)
+        if n * self.length > _MANY_SCORES:
+            out = _attend_much(query, keys, values, self._mask(window, query.dtype), scale)
+        else:
+            out = _attend(query, keys, values, self._mask(window, query.dtype, query.shape[2:4]), scale)
+        return out.reshape(sequences * n, -1)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a query looks, -inf elsewhere: [sequences, 1, num_queries, length]."""
+    def _mask(self, window: int | None, dtype: torch.dtype, heads: Sequence[int] = ()) -> Tensor:
+        """0 where a query looks, -inf elsewhere: [sequences, 1, num_queries, length].
+
+        For (kv_heads, heads of each) at once: [sequences · kv_heads, num_queries · heads of each, length].
+        """
         mask = self.masks.get(window)
         if mask is None:
             query, key = self.positions[:, None, :, None], torch.arange(self.length)
             hidden = key > query if window is None else (key > query) | (key <= query - window)
-            mask = self.masks[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            if heads:
+                mask = mask[:, :, :, None].expand(-1, heads[0], -1, heads[1], -1).flatten(2, 3).flatten(0, 1)
+            self.masks[window] = mask
         return mask
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query [S, n, kv_heads, heads of each, D], keys and values [S, kv_heads, L, D], mask [S, 1, n, L] → as query."""
+    """query [S, n, kv_heads, heads of each, D], keys and values [S, kv_heads, L, D], mask of these → as query."""
     _, n, kv_heads, shared, dim = query.shape
     q, k, v = query.transpose(1, 2).reshape(-1, n * shared, dim), keys.flatten(0, 1), values.flatten(0, 1)
-    masks = mask[:, :, :, None].expand(-1, kv_heads, -1, shared, -1).reshape(len(q), n * shared, -1)
-    scores = torch.baddbmm(masks, q, k.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
     out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
     return out.view(-1, kv_heads, n, shared, dim).transpose(1, 2)
 
 
 def _attend_much(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same, without the scores going through memory."""
+    """The same with a mask of the sequences, and without the scores going through memory."""
     q = query.flatten(2, 3).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)

@@ -144,6 +144,10 @@ class Runner:
         most_query = max(plan.lengths)
         own = any(self._adapters.own(slot) is not None for slot in set(plan.slots) - {NO_ADAPTER})
         edges = plan.has_adapters and (own or self._touches_edges(plan))
+        if not self._model.runs_kernels:
+            return _Form(
+                StepShape(plan.num_tokens, len(plan.chunks), most_query_tokens=most_query), [], None, edges, own
+            )
         divided = plan.has_adapters and bool((self._ranks[plan.slots][np.array(plan.slots) >= 0] > LARGE_RANK).any())
         pieces = cut(plan.runs(), ROWS_IN_SEGMENT) if plan.has_adapters else []
         if self.graphs is not None and not edges:
@@ -178,7 +182,8 @@ class Runner:
             batch = replace(batch, lora=PooledLora(self._weights, inputs.lora_rows()))
             if not form.edges:
                 return batch
-        all_rows, asked = plan.runs(), plan.runs() if rows is None else plan.sampled_runs()
+        all_rows = plan.runs()
+        asked = all_rows if rows is None else plan.sampled_runs()
         lora = RunsLora(self._adapter_runs(all_rows))
         return replace(
             batch,

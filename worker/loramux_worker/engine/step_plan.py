@@ -147,11 +147,10 @@ def _sources(plan: StepPlan, previous: InFlightStep | None) -> NDArray[np.int32]
 
 def _runs(slots: Sequence[int], lengths: Sequence[int]) -> list[SlotRun]:
     runs: list[SlotRun] = []
-    start = 0
-    for slot, length in zip(slots, lengths, strict=True):
-        if runs and runs[-1].slot == slot:
-            runs[-1] = SlotRun(runs[-1].start, start + length, slot)
-        else:
-            runs.append(SlotRun(start, start + length, slot))
-        start += length
+    start = end = 0
+    for slot, following, length in zip(slots, [*slots[1:], None], lengths, strict=False):
+        end += length
+        if following != slot:
+            runs.append(SlotRun(start, end, slot))
+            start = end
     return runs

@@ -102,8 +102,8 @@ def load_model(path: str, device: str, dtype: str) -> ServedModel:
 def prepare_model(module: Any, device: torch.device, *, name: str, fused: bool | None = None) -> ServedModel:
     """Put our attention's context and LoRA layers into a model that was loaded with our attention.
 
-    `fused`: whether to run our own form of it where there is one, in kernels; None: in kernels on a GPU, and on a CPU in
-    torch's ops.
+    `fused`: whether to run our own form of it where there is one, in kernels; None: in kernels on a GPU, in torch's ops
+    on a CPU.
 
     Raises:
         ConfigurationError: this architecture cannot be served rightly.

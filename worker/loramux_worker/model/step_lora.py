@@ -56,10 +56,10 @@ class RunsLora:
             if len(site.widths) == 1:
                 rows.addmm_(shrunk, tiles.b[0])
                 continue
-            parts = zip(rows.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1), tiles.b)
-            for part, ranks, b in parts:
+            parts, pieces = rows.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1)
+            for part, piece, b in zip(parts, pieces, tiles.b, strict=True):
                 if b is not None:
-                    part.addmm_(ranks, b)
+                    part.addmm_(piece, b)
 
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""

@@ -80,7 +80,8 @@ class _Heads:
 
 
 def _normed_heads(heads: Tensor, rotary: RotaryLayer) -> Tensor:
-    assert rotary.query_gain is not None and rotary.key_gain is not None
+    assert rotary.query_gain is not None
+    assert rotary.key_gain is not None
     q, k = heads.split([rotary.num_heads, rotary.num_kv_heads], dim=1)
     return torch.cat([_norm(q, rotary.query_gain, rotary.eps), _norm(k, rotary.key_gain, rotary.eps)], dim=1)
 
