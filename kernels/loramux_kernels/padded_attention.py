@@ -131,15 +131,15 @@ def _group(
 ) -> _Group:
     """Sequences padded to the longest: with their last token once more, and with what lies in some block."""
     token = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)  # [sequences, num_queries]
-    num_blocks = -(-int(contexts.max()) // caches.block_size)
-    blocks = batch.block_tables.numpy()[batch.table_rows.numpy()[sequences], :num_blocks].astype(np.int64)
-    cached = caches.of(np.repeat(blocks, caches.block_size, axis=1), np.tile(np.arange(caches.block_size), num_blocks))
+    place = np.arange(contexts.max())
+    blocks = batch.block_tables.numpy()[batch.table_rows.numpy()[sequences]][:, place // caches.block_size]
+    cached = caches.of(blocks.astype(np.int64), place % caches.block_size)
     queries = (starts[:, None] + token).reshape(-1)
     return _Group(
         torch.from_numpy(queries),
         positions=torch.from_numpy((contexts - lengths)[:, None] + token),
         cached=torch.from_numpy(cached.reshape(-1)),
-        length=num_blocks * caches.block_size,
+        length=len(place),
         is_batch=len(queries) == lengths.sum() == batch.query_starts[-1],
     )
 

@@ -23,6 +23,8 @@ def greedy(logits: Tensor) -> Tensor:
     Returns:
         int64 [rows].
     """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.numpy().argmax(-1))  # the same, some ten times as fast
     return logits.argmax(-1)
 
 

@@ -18,7 +18,7 @@ Tile = tuple[Tensor, Tensor]
 class SiteTiles(NamedTuple):
     """An adapter's tiles of sibling modules: one A for all that the adapter touches, and the Bᵀ of each."""
 
-    a: Tensor  # [sum of ranks, in_features]
+    a: Tensor  # transposed, [in_features, sum of ranks]
     ranks: tuple[int, ...]  # of each sibling, 0 where the adapter does not touch it
     b: tuple[Tensor | None, ...]
 
@@ -43,7 +43,7 @@ def _join(tiles: Sequence[Tile | None]) -> SiteTiles | None:
     if not touched:
         return None
     ranks = tuple(0 if tile is None else tile[0].shape[0] for tile in tiles)
-    return SiteTiles(_stacked(touched), ranks, tuple(None if tile is None else tile[1] for tile in tiles))
+    return SiteTiles(_stacked(touched).t(), ranks, tuple(None if tile is None else tile[1] for tile in tiles))
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:

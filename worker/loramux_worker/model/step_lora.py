@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -37,7 +38,11 @@ class RunsLora:
     """Runs of rows with torch's own products."""
 
     def __init__(self, runs: Sequence[AdapterRun]) -> None:
+        """The runs in the order of their rows."""
         self._runs = runs
+        bounds = [0, *(bound for run in runs for bound in (run.start, run.end))]
+        self._lengths = [end - start for start, end in pairwise(bounds)]
+        self._end = bounds[-1]
 
     def tiles(self, target: int) -> tuple[LoraTile, ...]:
         """The runs whose adapter touches a target."""
@@ -49,17 +54,19 @@ class RunsLora:
 
     def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
         """See `StepLora`."""
-        for start, end, adapter in self._runs:
-            if (tiles := adapter.at(site)) is None:
+        lengths = [*self._lengths, len(x) - self._end]  # of what lies before a run, of the run, and so on
+        rows_of_runs, places_of_runs = x.split_with_sizes(lengths)[1::2], out.split_with_sizes(lengths)[1::2]
+        for run, rows, places in zip(self._runs, rows_of_runs, places_of_runs, strict=True):
+            if (tiles := run.tiles.at(site)) is None:
                 continue
-            rows, shrunk = out[start:end], x[start:end].mm(tiles.a.t())
-            if len(site.widths) == 1:
-                rows.addmm_(shrunk, tiles.b[0])
+            shrunk = rows.mm(tiles.a)
+            if len(tiles.b) == 1:
+                places.addmm_(shrunk, tiles.b[0])
                 continue
-            parts, pieces = rows.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1)
-            for part, piece, b in zip(parts, pieces, tiles.b, strict=True):
+            parts, factors = places.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1)
+            for part, factor, b in zip(parts, factors, tiles.b, strict=True):
                 if b is not None:
-                    part.addmm_(piece, b)
+                    part.addmm_(factor, b)
 
     def delta(self, x: Tensor, site: LoraSite) -> Tensor:
         """See `StepLora`."""
