@@ -19,6 +19,7 @@ class Generation:
     def __init__(self, submit: Submit) -> None:
         self._submit = submit
         self._changed = asyncio.Event()
+        self._awaited = 0  # tokens beyond which somebody wants to know
         self._error: RequestFailed | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs | None] = []
@@ -45,7 +46,8 @@ class Generation:
         self.token_ids.append(output.token_id)
         self.logprobs.append(output.logprobs)
         self.finish_reason = output.finish_reason
-        self._changed.set()
+        if self.finish_reason is not None or len(self.token_ids) > self._awaited:
+            self._changed.set()
 
     def fail(self, error: RequestFailed) -> None:
         """End it with an error."""
@@ -58,6 +60,7 @@ class Generation:
         Raises:
             RequestFailed: it ended without an answer.
         """
+        self._awaited = num_tokens
         while len(self.token_ids) <= num_tokens and not self.is_done:
             self._changed.clear()
             await self._changed.wait()
