@@ -23,7 +23,8 @@ from loramux_worker.kafka.transactions import Transactions
 MAX_ANSWERS: Final = 1000  # of one transaction
 MAX_BYTES: Final = 2 << 20  # of one transaction, beside one answer at least
 MAX_HALVINGS: Final = 16
-PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions
+PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions, where they take less than a quarter of it
+SLOWEST_PACE_SECONDS: Final = 0.05
 # The group has gone on without us, and will say so to our consumer. If it does not, what fenced us was a
 # transaction that took too long.
 FENCED_SECONDS: Final = 3.0
@@ -60,7 +61,7 @@ class Round:
 
 
 class Outbox:
-    """Commits a worker's answers, in as few transactions as the pace allows.
+    """Commits a worker's answers, in as few transactions as the pace allows: the longer they take, the fewer.
 
     After a failure nobody knows whether a transaction has succeeded: its partitions are closed until the group's
     commit has been read again, and `reopened` tells by it. What failed is tried again in smaller transactions,
@@ -134,7 +135,7 @@ class Outbox:
             try:
                 async with self._in_transaction:
                     gone_well = await self._commit(everywhere=bool(self._rounds))
-                pace = PACE_SECONDS
+                pace = min(max(PACE_SECONDS, 4 * (loop.time() - began)), SLOWEST_PACE_SECONDS)
             except TROUBLE as error:  # brokers are away, or a rebalance: the position is not known
                 log.info("commit_deferred", reason=explain(error))
             except Exception:  # a bug of ours: what is in doubt is settled as after any other failure
