@@ -60,8 +60,8 @@ class RunsLora:
             if (tiles := run.tiles.at(site)) is None:
                 continue
             shrunk = rows.mm(tiles.a)
-            if len(tiles.b) == 1:
-                places.addmm_(shrunk, tiles.b[0])
+            if tiles.whole is not None:
+                places.addmm_(shrunk, tiles.whole)
                 continue
             parts, factors = places.split_with_sizes(site.widths, 1), shrunk.split_with_sizes(tiles.ranks, 1)
             for part, factor, b in zip(parts, factors, tiles.b, strict=True):
