@@ -33,7 +33,9 @@ def test_a_step_is_given_room_for_its_logits_and_for_a_layer(model: ServedModel)
 
 def test_a_step_has_as_many_tokens_as_the_device_computes_in_some_milliseconds(model: ServedModel) -> None:
     assert EngineConfig(model="tiny").step_tokens("cuda") == 2048
-    assert assemble(EngineConfig(model="tiny"), model, [].append).scheduler.config.max_batched_tokens == 512
+    few = EngineConfig(model="tiny", max_batch_sequences=64)
+    limits = assemble(few, model, [].append).scheduler.config
+    assert limits.max_batched_tokens == 64 + 192, "on a CPU: a token of every sequence, and 192 of prompts"
     asked = EngineConfig(model="tiny", max_batched_tokens=512)
     assert asked.step_tokens("cuda") == asked.step_tokens("cpu") == 512
 

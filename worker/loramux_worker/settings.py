@@ -162,7 +162,9 @@ class WorkerSettings(BaseSettings):
     block_size: PositiveInt = Field(16, description="tokens of a KV block")
     max_model_len: PositiveInt | None = Field(None, description="longest prompt + reply in tokens; from the model")
     max_batched_tokens: PositiveInt | None = Field(
-        None, le=32768, description="tokens of one step, longer prompts go in chunks; 2048, on a CPU 512"
+        None,
+        le=32768,
+        description="tokens of one step, longer prompts go in chunks; 2048, on a CPU 192 beside one of each sequence",
     )
     max_batch_sequences: PositiveInt = Field(256, le=32768, description="sequences of one step")
     max_batch_ranks: PositiveInt = Field(4096, description="sum of the distinct adapters' ranks of one step")

@@ -12,7 +12,8 @@ from loramux_worker.engine.protocol import AdapterReference
 from loramux_worker.scheduler.policy import AdapterPolicy
 
 # A step of so many prompt tokens takes some tens of milliseconds, for which everybody's next token waits.
-STEP_TOKENS: Final = {"cuda": 2048, "cpu": 512}
+STEP_TOKENS: Final = 2048
+CPU_PROMPT_TOKENS: Final = 192  # beside a token of every sequence: of a crowd that comes at once, some in each step
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -24,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     dtype: str = "auto"  # auto, float32, float16, bfloat16
     block_size: int = 16
     max_model_len: int | None = None  # None: from the model
-    max_batched_tokens: int | None = None  # None: `STEP_TOKENS` of the device
+    max_batched_tokens: int | None = None  # None: as `step_tokens` says
     max_batch_sequences: int = 256
     max_batch_ranks: int = 4096
     locality: float = 0.0
@@ -42,7 +43,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     def step_tokens(self, device_type: str) -> int:
         """Tokens of one step at most, on a device of this type."""
-        return self.max_batched_tokens or STEP_TOKENS[device_type]
+        if self.max_batched_tokens is not None:
+            return self.max_batched_tokens
+        return self.max_batch_sequences + CPU_PROMPT_TOKENS if device_type == "cpu" else STEP_TOKENS
 
 
 def confine(config: EngineConfig, environment: Mapping[str, str]) -> tuple[EngineConfig, dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -40,9 +39,13 @@ class RunsLora:
     def __init__(self, runs: Sequence[AdapterRun]) -> None:
         """The runs in the order of their rows."""
         self._runs = runs
-        bounds = [0, *(bound for run in runs for bound in (run.start, run.end))]
-        self._lengths = [end - start for start, end in pairwise(bounds)]
-        self._end = bounds[-1]
+        self._spans: list[tuple[int, AdapterTiles | None]] = []  # rows and their adapter, from the first row on
+        self._end = 0
+        for run in runs:
+            if run.start > self._end:
+                self._spans.append((run.start - self._end, None))
+            self._spans.append((run.end - run.start, run.tiles))
+            self._end = run.end
 
     def tiles(self, target: int) -> tuple[LoraTile, ...]:
         """The runs whose adapter touches a target."""
@@ -54,10 +57,11 @@ class RunsLora:
 
     def add_site_(self, out: Tensor, x: Tensor, site: LoraSite) -> None:
         """See `StepLora`."""
-        lengths = [*self._lengths, len(x) - self._end]  # of what lies before a run, of the run, and so on
-        rows_of_runs, places_of_runs = x.split_with_sizes(lengths)[1::2], out.split_with_sizes(lengths)[1::2]
-        for run, rows, places in zip(self._runs, rows_of_runs, places_of_runs, strict=True):
-            if (tiles := run.tiles.at(site)) is None:
+        spans = self._spans if self._end == len(x) else [*self._spans, (len(x) - self._end, None)]
+        lengths = [length for length, _ in spans]
+        pieces = zip(spans, x.split_with_sizes(lengths), out.split_with_sizes(lengths), strict=True)
+        for (_, adapter), rows, places in pieces:
+            if adapter is None or (tiles := adapter.at(site)) is None:
                 continue
             shrunk = rows.mm(tiles.a)
             if tiles.whole is not None:
