@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 from loramux_worker.errors import ConfigurationError
 from loramux_worker.model.loader import load_model
 from loramux_worker.model.self_check import check_model
+from loramux_worker.model.torch_decoder import TorchDecoder
 from tiny_models import CONFIGS, make_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
@@ -75,7 +77,7 @@ def test_dynamic_rope_is_served_up_to_where_it_begins(tmp_path: Path) -> None:
 def test_a_model_whose_served_path_is_wrong_is_found_out(tmp_path: Path) -> None:
     """The check compares outputs, so it needs no list of architectures: break one and it says so."""
     tiny = make_model(tmp_path, "llama", num_adapters=0)
-    model = load_model(str(tiny.path), "cpu", "float32")
+    model = replace(load_model(str(tiny.path), "cpu", "float32"), fused=None)  # the modelling code serves
     check_model(model)
     broken = model.module.model.layers[1].self_attn
     broken.scaling = broken.scaling * torch.pi
@@ -91,6 +93,16 @@ def test_a_model_whose_served_path_is_wrong_is_found_out(tmp_path: Path) -> None
                 broken.scaling *= torch.pi
 
     broken.forward = forward
+    with pytest.raises(ConfigurationError, match="off Hugging Face's own"):
+        check_model(model)
+
+
+def test_a_decoder_of_ours_that_is_wrong_is_found_out(tmp_path: Path) -> None:
+    tiny = make_model(tmp_path, "llama", num_adapters=0)
+    model = load_model(str(tiny.path), "cpu", "float32")
+    assert isinstance(model.fused, TorchDecoder)
+    layers = model.fused._model.layers
+    layers[1] = replace(layers[1], rotary=replace(layers[1].rotary, scale=layers[1].rotary.scale * torch.pi))
     with pytest.raises(ConfigurationError, match="off Hugging Face's own"):
         check_model(model)
 
