@@ -133,8 +133,9 @@ async def measure(
             if statistics.median(before) > 1.0:  # then the light ones alone keep it busy, and rightly before the flood
                 raise SystemExit("the light requests alone are more than the worker can do now: a lower --rate")
             say(f"{policy}: {options.flood} requests of one adapter")
+            values = flood_values(options)
             tokens, began = await asyncio.to_thread(worker.metric, "loramux_tokens_total"), time.perf_counter()
-            flood = asyncio.create_task(flooding(kafka, worker, topics["requests_topic"], options))
+            flood = asyncio.create_task(flooding(kafka, worker, topics["requests_topic"], values, options))
             during = await light_load(client, options, flood)
             seconds = time.perf_counter() - began
             tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total") - tokens
@@ -164,24 +165,32 @@ async def first_token(client: Client, adapter_id: str, options: argparse.Namespa
     return first
 
 
-async def flooding(
-    kafka: KafkaCluster, worker: WorkerProcess, topic: str, options: argparse.Namespace
-) -> dict[str, float]:
-    """Send the flood and wait for its end."""
-    tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total")
-    done = await asyncio.to_thread(answered, worker)
-    flood = [
+def flood_values(options: argparse.Namespace) -> list[bytes]:
+    """The requests that flood."""
+    return [
         Request(
             request_id=f"flood-{i}", adapter_id=HEAVY, prompt=f"Where is my order {i}?", parameters=parameters(options)
         ).to_json()
         for i in range(options.flood)
     ]
-    # not of this process's event loop, whose time is also that of those who ask now and then
+
+
+def send(kafka: KafkaCluster, topic: str, values: list[bytes]) -> None:
+    """Send the flood, beside the event loop: its time is also that of those who ask now and then."""
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 5})
-    began = time.perf_counter()
-    for value in flood:
+    for value in values:
         producer.produce(topic, value, key=HEAVY.encode())
-    await asyncio.to_thread(producer.flush)
+    producer.flush()
+
+
+async def flooding(
+    kafka: KafkaCluster, worker: WorkerProcess, topic: str, values: list[bytes], options: argparse.Namespace
+) -> dict[str, float]:
+    """Send the flood and wait for its end."""
+    tokens = await asyncio.to_thread(worker.metric, "loramux_tokens_total")
+    done = await asyncio.to_thread(answered, worker)
+    began = time.perf_counter()
+    await asyncio.to_thread(send, kafka, topic, values)
     sent = time.perf_counter() - began
     while (left := done + options.flood - await asyncio.to_thread(answered, worker)) > 0:
         rate = (options.flood - left) / (time.perf_counter() - began)

@@ -23,7 +23,7 @@ from loramux_worker.kafka.transactions import Transactions
 MAX_ANSWERS: Final = 1000  # of one transaction
 MAX_BYTES: Final = 2 << 20  # of one transaction, beside one answer at least
 MAX_HALVINGS: Final = 16
-PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions, where they take less than a quarter of it
+PACE_SECONDS: Final = 0.02  # between the beginnings of two transactions, where they take less than half of it
 SLOWEST_PACE_SECONDS: Final = 0.05
 # The group has gone on without us, and will say so to our consumer. If it does not, what fenced us was a
 # transaction that took too long.
@@ -135,7 +135,7 @@ class Outbox:
             try:
                 async with self._in_transaction:
                     gone_well = await self._commit(everywhere=bool(self._rounds))
-                pace = min(max(PACE_SECONDS, 4 * (loop.time() - began)), SLOWEST_PACE_SECONDS)
+                pace = min(max(PACE_SECONDS, 2 * (loop.time() - began)), SLOWEST_PACE_SECONDS)
             except TROUBLE as error:  # brokers are away, or a rebalance: the position is not known
                 log.info("commit_deferred", reason=explain(error))
             except Exception:  # a bug of ours: what is in doubt is settled as after any other failure
