@@ -185,20 +185,16 @@ class Answerer:
         at_once = stream is None and not parameters.stop
         count = 0
         while not (assembler.stopped or (generation.is_done and count == len(generation.token_ids))):
-            await generation.wait_beyond(
-                parameters.max_new_tokens if at_once else count, 0.0 if stream is None else stream.rest
-            )
+            await generation.wait_beyond(parameters.max_new_tokens if at_once else count)
             for token_id in generation.token_ids[count:]:
                 count += 1
                 last = generation.finish_reason is not None and count == len(generation.token_ids)
                 hidden = last and generation.finish_reason != FinishReason.LENGTH and parameters.skip_special_tokens
                 piece = "" if hidden else assembler.push(token_id)
                 if stream is not None:
-                    stream.push(token_id, piece)
+                    await stream.push(token_id, piece)
                 if assembler.stopped:
                     break
-            if stream is not None and not (assembler.stopped or generation.is_done):
-                await stream.send()
         rest = assembler.finish()
         if stream is not None:
             await stream.finish(rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 import msgspec
 
@@ -55,24 +54,15 @@ class Generation:
         self._error = error
         self._changed.set()
 
-    async def wait_beyond(self, num_tokens: int, rest: float = 0.0) -> None:
-        """Wait until there are more than `num_tokens` tokens or it has ended; for `rest` seconds for its end alone.
+    async def wait_beyond(self, num_tokens: int) -> None:
+        """Wait until there are more than `num_tokens` tokens or it has ended.
 
         Raises:
             RequestFailed: it ended without an answer.
         """
-        if rest > 0.0 and not self.is_done:
-            await self._change_beyond(sys.maxsize, rest)
+        self._awaited = num_tokens
         while len(self.token_ids) <= num_tokens and not self.is_done:
-            await self._change_beyond(num_tokens)
+            self._changed.clear()
+            await self._changed.wait()
         if self._error is not None:
             raise self._error
-
-    async def _change_beyond(self, num_tokens: int, most: float | None = None) -> None:
-        """Sleep until there is reason to look, or for `most` seconds."""
-        self._awaited = num_tokens
-        self._changed.clear()
-        timer = None if most is None else asyncio.get_running_loop().call_later(most, self._changed.set)
-        await self._changed.wait()
-        if timer is not None:
-            timer.cancel()
