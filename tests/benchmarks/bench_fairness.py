@@ -45,6 +45,7 @@ DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 FIRST_COME = Path(__file__).resolve().parent / "first_come"
 HEAVY = "heavy"
 LIGHT = tuple(f"light/{i}" for i in range(20))
+HEAP = ("-Xms1g", "-Xmx1g", "-Xmn640m")  # of the broker: the tests' small one stops for 70 ms every few seconds
 POLICIES = ("loramux", "first come")
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("demo", "1b", "tiny"), default="demo", help="of the model (default demo)")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder, KafkaCluster() as kafka:
+    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder, KafkaCluster(java=HEAP) as kafka:
         model, adapters = model_and_adapters(Path(folder), options)
         figures = {policy: asyncio.run(measure(policy, kafka, model, adapters, options)) for policy in POLICIES}
     print_table(figures)
